@@ -1,0 +1,253 @@
+"""The ClientApp: train, evaluate, describe; written once for a cohort of clients. A deployed client is one of one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from torch import Tensor, nn
+
+from core import records
+from core.config import RunConfig
+from core.data import Federation, Ragged
+from core.metrics import score, score_counts
+from core.seeding import derive, rng
+from core.training import Batches, LocalRound, LocalUpdate, can_vectorise, learning_rate, make_optimizer, plan, stream
+from strategies import local_update
+from tasks import load, standardise
+from tasks.base import Task, build_model, predict
+from tasks.source import federation_of
+
+# Where a client keeps how far its shuffled iterator has come (only with local-steps).
+STATE = "fedra"
+BATCHES_DRAWN = "batches-drawn"
+Reply = tuple[list[int], RecordDict | Error]
+"""Positions of the clients that an answer stands for, and the answer."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a process keeps of a configuration between rounds."""
+
+    config: RunConfig
+    task: Task
+    model: nn.Module
+    data: Federation
+
+
+@functools.lru_cache(maxsize=4)
+def _setting(items: tuple[tuple[str, Any], ...]) -> _Setting:
+    config = RunConfig.of(dict(items))
+    task = load(config)
+    return _Setting(config, task, build_model(task, config.seed), federation_of(config))
+
+
+class CohortApp(ClientApp):
+    """A Flower ClientApp that can also answer for many clients at once, which is what the local engine asks of it."""
+
+    def cohort(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+        """Return answers that cover every context once. What raises for one client is that client's error alone."""
+        try:
+            return HANDLERS[message_type](content, contexts)
+        except Exception as error:
+            if len(contexts) > 1:
+                # Somebody in the cohort fails: each answers alone, so that nobody else's work is lost.
+                alone = [self.cohort(message_type, content, [context]) for context in contexts]
+                return [([i], answer) for i, replies in enumerate(alone) for _, answer in replies]
+            logging.getLogger("fedra").warning("client %s failed: %s", _client(contexts[0]), error)
+            return [([0], _error(f"client {_client(contexts[0])}: {type(error).__name__}: {error}"))]
+
+
+def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return the cohort's new models, or their weighted mean where the server asked for no more."""
+    began = time.perf_counter()
+    setting, config = _open(contexts), _open(contexts).config
+    clients = [_client(context) for context in contexts]
+    round_config = records.config_of(content)
+    x, y, sizes = _inputs(setting, "train", clients, round_config)
+    if min(sizes) == 0:
+        raise ValueError("no training examples")
+    server_round = records.server_round(content)
+    update = local_update(config)(
+        LocalRound(
+            model=setting.model,
+            loss=setting.task.loss,
+            global_params=_global(content, setting.model),
+            x=x,
+            y=y,
+            batches=_batches(config, server_round, clients, sizes, contexts),
+            optimizer=make_optimizer(
+                config.optimizer, learning_rate(config, server_round), config.momentum, config.weight_decay
+            ),
+            config=round_config,
+            gradient_clip=config.gradient_clip,
+            seed=derive(config.seed, "model", server_round, clients[0]),
+            vectorised=len(clients) > 1 and can_vectorise(setting.model),
+        )
+    )
+    if config.local_steps:
+        for context in contexts:
+            context.state[STATE] = MetricRecord({BATCHES_DRAWN: _drawn(context) + config.local_steps})
+    seconds = (time.perf_counter() - began) / len(clients)
+    finite = [
+        bool(torch.stack([p[i].isfinite().all() for p in update.params.values()]).all()) for i in range(len(sizes))
+    ]
+    good = [i for i, ok in enumerate(finite) if ok]
+    groups = [good] if round_config.get(records.PARTIAL_MEAN) and good else [[i] for i in good]
+    answers: list[Reply] = [(group, _trained(update, group, clients, sizes, seconds)) for group in groups]
+    # A model that is not finite would poison every mean it enters: it is this client's error, not everyone's.
+    refused = [i for i, ok in enumerate(finite) if not ok]
+    return answers + [([i], _error(f"client {clients[i]}: the trained model is not finite")) for i in refused]
+
+
+def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return each client's metrics of the global model on the split that the message names (test by default)."""
+    setting = _open(contexts)
+    task, config = setting.task, records.config_of(content)
+    clients = [_client(context) for context in contexts]
+    split = str(config.get(records.SPLIT, "test"))
+    x, y, sizes = _inputs(setting, split, clients, config)
+    model = records.load_into(setting.model, records.to_tensors(content.array_records[records.ARRAYS]))
+    p = predict(model, x)
+    answers: list[Reply] = []
+    for i, rows in enumerate(_slices(sizes)):
+        labels = y[rows].numpy()
+        metrics = score(p[rows], labels, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
+        if split == "validation" and task.tuned_threshold:
+            metrics[records.SCORE_COUNTS] = score_counts(p[rows], labels).ravel().tolist()  # type: ignore[assignment]
+        answers.append(([i], _answer({records.NUM_EXAMPLES: sizes[i], **metrics}, {records.CLIENT: [clients[i]]})))
+    return answers
+
+
+def statistics(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return how many examples of each label a client has, and the sums that standardisation needs; never a row."""
+    setting = _open(contexts)
+    answers: list[Reply] = []
+    for i, context in enumerate(contexts):
+        client = _client(context)
+        splits = setting.data.client(client)
+        metrics: dict[str, Any] = {
+            records.SIZES: [len(split) for split in splits.values()],
+            records.LABEL_COUNTS: np.bincount(splits["train"].y, minlength=len(setting.task.labels)).tolist(),
+        }
+        if setting.task.standardise != "none":
+            metrics |= standardise.statistics(splits["train"].x)
+        answers.append(([i], _answer(metrics, {records.CLIENT: [client], "name": setting.data.names[client]})))
+    return answers
+
+
+HANDLERS: dict[str, Callable[[RecordDict, Sequence[Context]], list[Reply]]] = {
+    "train": train,
+    "evaluate": evaluate,
+    records.QUERY_STATISTICS: statistics,
+}
+app = CohortApp()
+
+
+def _one(message: Message, context: Context) -> Message:
+    torch.set_num_threads(1)
+    [(_, answer)] = app.cohort(message.metadata.message_type, message.content, [context])
+    return Message(answer, reply_to=message)
+
+
+app.train()(_one)
+app.evaluate()(_one)
+app.query(records.QUERY_STATISTICS.removeprefix("query."))(_one)
+
+
+def _open(contexts: Sequence[Context]) -> _Setting:
+    return _setting(tuple(sorted(contexts[0].run_config.items())))
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    ends = np.cumsum(sizes)
+    return [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _inputs(
+    setting: _Setting, split: str, clients: Sequence[int], config: dict[str, Any]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the cohort's standardised inputs (n, ...), labels (n,) and sizes, client after client."""
+    data: Ragged = getattr(setting.data, split)
+    parts = [data[client] for client in clients]
+    if setting.task.standardise == "federated":
+        constants = {name: config[records.CONSTANTS + name] for name in ("mean", "std")}
+        x = standardise.apply(np.concatenate([part.x for part in parts]), constants)
+    elif setting.task.standardise == "local":
+        own = [standardise.combine([standardise.statistics(setting.data.train[client].x)]) for client in clients]
+        x = np.concatenate([standardise.apply(part.x, constants) for part, constants in zip(parts, own, strict=True)])
+    else:
+        x = np.concatenate([part.x for part in parts])
+    y = np.concatenate([part.y for part in parts])
+    return torch.from_numpy(x), torch.from_numpy(y), [len(part) for part in parts]
+
+
+def _batches(
+    config: RunConfig, server_round: int, clients: Sequence[int], sizes: Sequence[int], contexts: Sequence[Context]
+) -> Batches:
+    if not config.local_steps:
+        generators = [rng(config.seed, "batches", server_round, client) for client in clients]
+        epochs = [
+            [g.permutation(n) for _ in range(config.local_epochs)] for g, n in zip(generators, sizes, strict=True)
+        ]
+        return plan(sizes, config.batch_size, epochs)
+
+    def shuffle(client: int, size: int) -> Callable[[int], np.ndarray]:
+        return lambda epoch: rng(config.seed, "stream", client, epoch).permutation(size)
+
+    starts = [_drawn(context) for context in contexts]
+    shuffles = [shuffle(client, size) for client, size in zip(clients, sizes, strict=True)]
+    return stream(sizes, config.batch_size, starts, config.local_steps, shuffles)
+
+
+def _drawn(context: Context) -> int:
+    state = cast(MetricRecord, context.state.get(STATE, MetricRecord({BATCHES_DRAWN: 0})))
+    return int(cast(int, state[BATCHES_DRAWN]))
+
+
+def _trained(
+    update: LocalUpdate, group: list[int], clients: Sequence[int], sizes: Sequence[int], seconds: float
+) -> RecordDict:
+    weights = torch.tensor([float(sizes[i]) for i in group])
+    share = weights / weights.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return values[group[0]] if len(group) == 1 else torch.tensordot(share, values[group], dims=1)
+
+    metrics = {records.TRAIN_LOSS: update.loss, **update.metrics}
+    content = _answer(
+        {records.NUM_EXAMPLES: sum(sizes[i] for i in group), **{k: float(mean(v)) for k, v in metrics.items()}},
+        {
+            records.CLIENT: [clients[i] for i in group],
+            records.NUM_EXAMPLES: [sizes[i] for i in group],
+            records.TRAIN_LOSS: update.loss[group].tolist(),
+            records.TRAIN_SECONDS: [seconds] * len(group),
+        },
+    )
+    content[records.ARRAYS] = records.to_arrays({name: mean(p) for name, p in update.params.items()})
+    return content
+
+
+def _global(content: RecordDict, model: nn.Module) -> records.Tensors:
+    return records.to_tensors(records.in_dtypes_of(content.array_records[records.ARRAYS], records.travelling(model)))
+
+
+def _answer(metrics: dict[str, Any], clients: dict[str, Any]) -> RecordDict:
+    return RecordDict({records.METRICS: MetricRecord(metrics), records.CLIENTS: ConfigRecord(clients)})
+
+
+def _error(reason: str) -> Error:
+    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)

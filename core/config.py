@@ -1,0 +1,225 @@
+"""Every setting of a run: a field, a default and a sentence. One flat set of dotted keys everywhere.
+
+The same keys stand in presets (TOML), on the command line (`partition.alpha=0.1`), in `flwr run --run-config`
+and in the `config.toml` that a run leaves behind.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from core.errors import InputError, unknown
+
+Scalar = bool | int | float | str
+# Flower's run configuration must list every key with a value; this one stands for "whatever the strategy says".
+DEFAULT = "default"
+
+
+def _hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", alias_generator=_hyphens, populate_by_name=True, frozen=True)
+
+
+class Partition(_Section):
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature", "mixed"] = Field(
+        "natural", description="How examples are dealt to clients; `fedra list` explains each kind."
+    )
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: 0.1 is very uneven, 100 is nearly iid.")
+    shards: int = Field(2, ge=1, description="Label shards per client for kind=shards: 2 gives about two labels each.")
+    strictness: float = Field(
+        0.8, ge=0, le=1, description="For kind=feature: 0 is iid, 1 sorts the clients by the feature."
+    )
+    min_examples: int = Field(10, ge=1, description="Every client gets at least this many examples.")
+
+
+class Engine(_Section):
+    workers: Literal["auto"] | int = Field("auto", description="Ray worker processes; 0 runs in this process.")
+    cohort_size: Literal["auto"] | int = Field(
+        "auto",
+        description="Clients trained together: auto measures and records its choice; 1 is a plain loop.",
+    )
+    address: str = Field("", description="An existing Ray cluster to join: auto or HOST:PORT; empty starts one here.")
+
+    @field_validator("workers", "cohort_size")
+    @classmethod
+    def _not_negative(cls, value: str | int, info: Any) -> str | int:
+        least = 0 if info.field_name == "workers" else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"must be 'auto' or a whole number from {least}")
+        return value
+
+
+class EarlyStopping(_Section):
+    metric: str = Field("", description="Validation metric to watch (loss, auroc, ...); empty watches nothing.")
+    patience: int = Field(5, ge=1, description="Evaluations without improvement before the run stops.")
+
+
+class Baseline(_Section):
+    optimizer: str = Field("", description="Optimiser of the baselines; empty is the clients' own.")
+    learning_rate: float = Field(0.0, ge=0, description="Learning rate of the baselines; 0 is the clients' own.")
+    epochs: int = Field(0, ge=0, description="Epochs of the baselines; 0 is as many as the federated clients see.")
+    alone_epochs: int = Field(0, ge=0, description="Epochs of each client alone; 0 is as many as baseline.epochs.")
+
+
+class RunConfig(_Section):
+    """A complete description of a run. `RunConfig.of({...})` reads flat dotted keys and raises `InputError`."""
+
+    preset: str = Field("custom", description="Name that the run folder carries.")
+    task: str = Field("medical", description="Data, model, loss and metrics: `fedra list` names them.")
+    dataset: str = Field("", description="The task's data set; empty is its offline default.")
+    data_dir: str = Field("", description="Folder with the data set's files; empty downloads or generates.")
+    model: str = Field("", description="The task's model; empty is its default.")
+    clients: int = Field(10, ge=1, description="Number of clients; a natural partition with fewer groups is refused.")
+    partition: Partition = Partition()
+    strategy: str = Field("fedavg", description="Name in `fedra list`, entry point, or module:attr.")
+    strategy_options: dict[str, Scalar] = Field(default_factory=dict, description="Options of the strategy.")
+    rounds: int = Field(20, ge=1, description="Rounds of federated training.")
+    sampled: float = Field(0, ge=0, description="Clients a round: a count, a fraction below 1, or 0 for all.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is random.")
+    local_epochs: int = Field(1, ge=1, description="Passes over its examples that a client makes in a round.")
+    local_steps: int = Field(
+        0,
+        ge=0,
+        description="Batches a round, the shuffle carrying on across rounds; 0 uses local-epochs.",
+    )
+    batch_size: int = Field(32, ge=1, description="Examples in a batch; the last short one is kept.")
+    optimizer: str = Field("sgd", description="Local optimiser: sgd, adam, adamw, adagrad, rmsprop.")
+    learning_rate: float = Field(0.05, gt=0, description="Local learning rate in round 1.")
+    learning_rate_schedule: Literal["constant", "cosine", "exponential"] = Field(
+        "constant",
+        description="Learning rate over rounds: constant, cosine to 0, or times learning-rate-decay.",
+    )
+    learning_rate_decay: float = Field(0.99, gt=0, le=1, description="Factor a round for the exponential schedule.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of local sgd and rmsprop.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the local optimiser.")
+    gradient_clip: float = Field(
+        0.0, ge=0, description="Largest L2 norm of a client's batch gradient; 0 does not clip."
+    )
+    positive_weight: float = Field(1.0, gt=0, description="Weight of positive examples in a binary task's loss.")
+    evaluate_every: int = Field(1, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
+    evaluated: float = Field(0, ge=0, description="Clients that evaluate: a count, a fraction below 1, or 0 for all.")
+    early_stopping: EarlyStopping = EarlyStopping()
+    keep: Literal["last", "best"] = Field(
+        "last", description="Model to save: the last, or the best on the clients' validation splits."
+    )
+    baselines: bool = Field(False, description="Also train on pooled data and on each client alone.")
+    baseline: Baseline = Baseline()
+    engine: Engine = Engine()
+    out: str = Field("runs", description="Folder in which run folders are made.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for key in ("sampled", "evaluated"):
+            value = getattr(self, key)
+            if value >= 1 and value != int(value):
+                raise ValueError(f"{key}: {value} is neither a whole number of clients nor a fraction below 1")
+            if value > self.clients:
+                raise ValueError(f"{key}: {value:g} is more than the {self.clients} clients; lower it or raise clients")
+        return self
+
+    @classmethod
+    def of(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Return the config of flat dotted keys; `InputError` names the first wrong value, choices and remedy."""
+        known = keys()
+        for key in flat:
+            if key not in known and not key.startswith("strategy-options."):
+                raise unknown("key", key, known)
+        values = {k: v for k, v in flat.items() if not (k.startswith("strategy-options.") and v == DEFAULT)}
+        try:
+            return cls.model_validate(_nest(values))
+        except ValidationError as error:
+            raise InputError(_sentence(error.errors()[0])) from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return every setting under its dotted key: itself a preset, and what Flower calls a run config."""
+        return dict(_flatten(self.model_dump(by_alias=True)))
+
+    def with_(self, **changes: Any) -> RunConfig:
+        """Return a copy with changed settings, written as `dotted` says: with_(rounds=3, engine__workers=0)."""
+        return self.of({**self.flat(), **{dotted(key): value for key, value in changes.items()}})
+
+    def toml(self) -> str:
+        """Return the complete configuration as TOML; `fedra run` takes it as a preset."""
+        return tomli_w.dumps(_nest(self.flat()))
+
+    def count(self, value: float) -> int:
+        """Return how many clients `sampled` or `evaluated` stands for: at least one."""
+        if value == 0:
+            return self.clients
+        return int(value) if value >= 1 else max(1, round(value * self.clients))
+
+
+def dotted(keyword: str) -> str:
+    """Return the key of a Python keyword: engine__cohort_size is engine.cohort-size."""
+    return keyword.replace("__", ".").replace("_", "-")
+
+
+def keys() -> dict[str, str]:
+    """Return every dotted key with its sentence, in the order of the fields (strategy options apart)."""
+    out: dict[str, str] = {}
+    for name, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            out |= {f"{_hyphens(name)}.{_hyphens(n)}": f.description or "" for n, f in kind.model_fields.items()}
+        elif name != "strategy_options":
+            out[_hyphens(name)] = field.description or ""
+    return out
+
+
+def read_toml(path: Path) -> dict[str, Scalar]:
+    """Return the flat keys of a preset file; `InputError` when it cannot be read."""
+    try:
+        return dict(_flatten(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except OSError as error:
+        raise InputError(f"cannot read preset {path}: {error.strerror}; give a preset's name or a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from None
+
+
+def parse_override(text: str) -> tuple[str, Scalar]:
+    """Return (key, value) of a command-line `key=value`; the value is read as TOML, a bare word as a string."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"'{text}' is not key=value; write for example rounds=5.")
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """Turn pydantic's report into the value, the choices and the remedy."""
+    where = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
+    message = error["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{message}."
+    hint = keys().get(where, "")
+    return f"{where}={error['input']!r} is not valid: {message[0].lower()}{message[1:]}. {hint}".strip()

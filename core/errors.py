@@ -1,0 +1,18 @@
+"""The one error that means "the user's input is wrong": a sentence with the value, the choices and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The command line prints the message alone and exits with code 2."""
+
+
+def unknown(kind: str, value: str, choices: Iterable[str]) -> InputError:
+    """Return the error for a name that is not among `choices`, with the nearest one as a suggestion."""
+    names = sorted(choices)
+    near = get_close_matches(value, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return InputError(f"unknown {kind} '{value}'; {hint}Choices: {', '.join(names) or 'none'}.")

@@ -1,0 +1,100 @@
+"""Flower's records, and the only place with their keys: every name that crosses between server and client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+# Names of records inside a message.
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+CLIENTS = "clients"
+# Keys inside records. The first two are Flower's.
+NUM_EXAMPLES = "num-examples"
+SERVER_ROUND = "server-round"
+CLIENT = "client"
+TRAIN_LOSS = "train-loss"
+TRAIN_SECONDS = "train-seconds"
+PARTIAL_MEAN = "partial-mean"
+SPLIT = "split"
+THRESHOLD = "threshold"
+SCORE_COUNTS = "score-counts"
+LABEL_COUNTS = "label-counts"
+SIZES = "sizes"
+CONSTANTS = "constants."
+# What a client reveals about its inputs so that all can standardise alike: sums and counts.
+INPUT_SUM, INPUT_SQUARES, INPUT_COUNT = "input-sum", "input-squares", "input-count"
+# Message types beside Flower's train and evaluate.
+QUERY_STATISTICS = "query.statistics"
+
+Tensors = dict[str, Tensor]
+
+
+def travelling(model: nn.Module) -> Tensors:
+    """Return what is sent of a model: trainable parameters and the running statistics of normalisation layers.
+
+    Constant buffers stay where they are: a mean of equal floats is not exactly that float, and an adaptive server
+    optimiser would turn the rounding into steps. Integer buffers (num_batches_tracked) are never averaged.
+    """
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            for name in ("running_mean", "running_var"):
+                tensors[f"{prefix}.{name}" if prefix else name] = getattr(module, name).detach()
+    return tensors
+
+
+def to_arrays(tensors: Mapping[str, Tensor | np.ndarray]) -> ArrayRecord:
+    """Return the tensors as Flower's record, in the given order."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(np.asarray(value))) for name, value in tensors.items()})
+
+
+def to_tensors(arrays: ArrayRecord) -> Tensors:
+    """Return a record's arrays as torch tensors that own their memory."""
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
+
+
+def in_dtypes_of(arrays: ArrayRecord, like: Mapping[str, Tensor | np.ndarray | Array]) -> ArrayRecord:
+    """Return the arrays in the dtypes of those in `like`: NumPy's means and powers turn float32 into float64."""
+    wanted = {name: str(np.asarray(v.numpy() if isinstance(v, Array) else v).dtype) for name, v in like.items()}
+    if all(array.dtype == wanted[name] for name, array in arrays.items()):
+        return arrays
+    return to_arrays({name: array.numpy().astype(wanted[name]) for name, array in arrays.items()})
+
+
+def load_into(model: nn.Module, tensors: Tensors) -> nn.Module:
+    """Copy travelling tensors into a model and return it; keys that do not match the model are an error."""
+    own = travelling(model)
+    if own.keys() != tensors.keys():
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        raise ValueError(f"arrays do not fit the model: missing {missing}, unexpected {extra}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model
+
+
+def config_of(content: RecordDict) -> dict[str, Any]:
+    """Return the message's config as a dict (empty when it carries none)."""
+    return dict(content.config_records.get(CONFIG, ConfigRecord()))
+
+
+def metrics_of(content: RecordDict) -> dict[str, Any]:
+    """Return the reply's first metric record as a dict; Flower's strategies expect exactly one."""
+    return dict(next(iter(content.metric_records.values()), MetricRecord()))
+
+
+def server_round(content: RecordDict) -> int:
+    """Return the round that Flower's strategies write into the outgoing config; 0 where there is none."""
+    return int(cast(int, config_of(content).get(SERVER_ROUND, 0)))
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Return the bytes of all arrays in the content."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

@@ -1,0 +1,33 @@
+"""Randomness as a function of names: rng(seed, "batches", round, client) is the same stream on every machine.
+
+Nothing in Fedra draws from a global generator, so results cannot depend on how many workers there are, on the
+order in which replies arrive, or on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import numpy as np
+
+
+def _sequence(seed: int, path: tuple[int | str, ...]) -> np.random.SeedSequence:
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in path]
+    return np.random.SeedSequence([int(seed), *words])
+
+
+def rng(seed: int, *path: int | str) -> np.random.Generator:
+    """Return the NumPy generator that belongs to (seed, path); integers in `path` must not be negative."""
+    return np.random.Generator(np.random.PCG64(_sequence(seed, path)))
+
+
+def derive(seed: int, *path: int | str) -> int:
+    """Return an int in [0, 2**63) that belongs to (seed, path), for libraries that take a seed of their own."""
+    return int(_sequence(seed, path).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_globals(seed: int, *path: int | str) -> None:
+    """Seed Python's and NumPy's global generators, which Flower's `sample_nodes` and foreign strategies draw from."""
+    random.seed(derive(seed, "python", *path))
+    np.random.seed(derive(seed, "numpy", *path) % 2**32)

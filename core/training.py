@@ -1,0 +1,253 @@
+"""The cohort kernel: local training written once, for C clients at a time.
+
+Parameters, optimiser state and batches carry a leading client axis (C, ...); gradients come from
+`torch.func.vmap(grad_and_value(...))` over it; torch.optim's element-wise optimisers step the stacked parameters as
+they are. A deployed client is a cohort of one. A model that cannot be mapped (running statistics, data-dependent
+control flow) takes the same path one client at a time through autograd.
+
+Clients of a cohort may need different numbers of steps. One that has finished is copied out after its last step; what
+its slot computes afterwards reaches nobody.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from core.config import RunConfig
+from core.errors import unknown
+from core.records import Tensors, travelling
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A cohort's batches, step by step: row numbers (S, C, B) int64, weights (S, C, B) float32, steps (C,) int64.
+
+    A weight of 0 marks a place without an example: clients and batches are of unequal size.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """What a cohort has in hand in one round. Shapes: C clients, n rows in all, S steps, B examples a batch."""
+
+    model: nn.Module
+    """The architecture; `global_params` are its weights."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(logits, y) -> each example's loss (B,)."""
+    global_params: Tensors
+    """The global model, one copy for all: what a hook for one client compares its own weights with."""
+    x: Tensor
+    """(n, ...) inputs of all the cohort's clients."""
+    y: Tensor
+    """(n,) labels."""
+    batches: Batches
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The round's config as the strategy sent it ("server-round", "proximal-mu", ...)."""
+    gradient_clip: float = 0.0
+    seed: int = 0
+    """Of dropout and whatever else the model draws."""
+    vectorised: bool = True
+    """False trains one client after the other through autograd."""
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What a cohort learnt: params (C, ...) per name and each client's mean training loss (C,) over its examples."""
+
+    params: Tensors
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Further numbers for the server, (C,) each."""
+
+
+LocalUpdateFn = Callable[[LocalRound], LocalUpdate]
+
+
+def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared Euclidean distance between two sets of parameters, a scalar."""
+    return sum(((a[name] - b[name]) ** 2).sum() for name in a)  # type: ignore[return-value]
+
+
+def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
+    """Return the cohort after its local steps on loss + penalty(own weights); a hook is written for one client.
+
+    `penalty` takes one client's trainable parameters and returns a scalar; the kernel maps it over the cohort.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        return _vectorised(r, penalty) if r.vectorised else _one_by_one(r, penalty)
+
+
+def global_loss(r: LocalRound) -> Tensor:
+    """Return each client's mean loss under the global model on the examples of this round, (C,)."""
+    with torch.no_grad():
+        losses = r.loss(functional_call(r.model.eval(), r.global_params, (r.x,)), r.y)
+    weights = r.batches.weights
+    return (losses[r.batches.rows] * weights).sum((0, 2)) / weights.sum((0, 2)).clamp_min(1e-12)
+
+
+def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
+    cohort = len(r.batches.steps)
+    names = [name for name, p in r.model.named_parameters() if p.requires_grad]
+    fixed = {name: t for name, t in r.model.state_dict().items() if name not in names}
+    params = {name: r.global_params[name].expand(cohort, *r.global_params[name].shape).clone() for name in names}
+    optimizer = r.optimizer(list(params.values()))
+    final = {name: torch.empty_like(p) for name, p in params.items()}
+    total, seen = torch.zeros(cohort), torch.zeros(cohort)
+
+    def objective(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        losses = r.loss(functional_call(r.model, (w, fixed), (x,)), y)
+        loss = _weighted_mean(losses, weight)
+        return (loss + penalty(w) if penalty else loss), loss
+
+    step = vmap(grad_and_value(objective, has_aux=True), randomness="different")
+    r.model.train()
+    for s in range(len(r.batches.rows)):
+        rows, weight = r.batches.rows[s], r.batches.weights[s]
+        gradients, (_, loss) = step(params, r.x[rows], r.y[rows], weight)
+        if r.gradient_clip:
+            norms = sum(g.flatten(1).pow(2).sum(1) for g in gradients.values()).sqrt()
+            # The same formula as torch.nn.utils.clip_grad_norm_, for each client by itself.
+            scale = (r.gradient_clip / (norms + 1e-6)).clamp(max=1.0)
+            gradients = {n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in gradients.items()}
+        for name in names:
+            params[name].grad = gradients[name]
+        optimizer.step()
+        total += loss * weight.sum(1) * (r.batches.steps > s)
+        seen += weight.sum(1)
+        done = r.batches.steps == s + 1
+        if done.any():
+            for name in names:
+                final[name][done] = params[name][done]
+    return LocalUpdate(final, total / seen.clamp_min(1e-12))
+
+
+def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
+    finished, losses = [], []
+    for client, steps in enumerate(r.batches.steps.tolist()):
+        model = copy.deepcopy(r.model).train()
+        with torch.no_grad():
+            for name, tensor in travelling(model).items():
+                tensor.copy_(r.global_params[name])
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = r.optimizer(list(params.values()))
+        total = seen = 0.0
+        for s in range(steps):
+            real = r.batches.weights[s, client] > 0
+            rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
+            loss = _weighted_mean(r.loss(model(r.x[rows]), r.y[rows]), weight)
+            optimizer.zero_grad()
+            (loss + penalty(params) if penalty else loss).backward()
+            if r.gradient_clip:
+                nn.utils.clip_grad_norm_(params.values(), r.gradient_clip)
+            optimizer.step()
+            total += float(loss.detach()) * float(weight.sum())
+            seen += float(weight.sum())
+        finished.append(travelling(model))
+        losses.append(total / max(seen, 1e-12))
+    stacked = {name: torch.stack([tensors[name] for tensors in finished]) for name in r.global_params}
+    return LocalUpdate(stacked, torch.tensor(losses))
+
+
+def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
+    # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
+    return (losses * weight).sum() / weight.sum().clamp_min(1e-12)
+
+
+def can_vectorise(model: nn.Module) -> bool:
+    """Return whether the model may be mapped over clients: nothing in it changes a buffer while it trains."""
+    return travelling(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plan(sizes: Sequence[int], batch_size: int, epochs: Sequence[Sequence[np.ndarray]]) -> Batches:
+    """Return the batches of clients with `sizes` examples, laid one after the other, from each client's epochs.
+
+    `epochs[i]` holds permutations of range(sizes[i]); each is cut into batches, the last short one kept.
+    """
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    per_client = [
+        [epoch[start : start + batch_size] for epoch in client for start in range(0, len(epoch), batch_size)]
+        for client in epochs
+    ]
+    return _pad(offsets, per_client, batch_size)
+
+
+def stream(
+    sizes: Sequence[int],
+    batch_size: int,
+    start: Sequence[int],
+    steps: int,
+    shuffles: Sequence[Callable[[int], np.ndarray]],
+) -> Batches:
+    """Return `steps` batches per client from a shuffled iterator that carries on where `start` batches were drawn.
+
+    `shuffles[i](epoch)` is client i's permutation of its examples for that pass.
+    """
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    per_client = []
+    for size, begin, shuffle in zip(sizes, start, shuffles, strict=True):
+        in_epoch = math.ceil(size / batch_size)
+        passes = {epoch: shuffle(epoch) for epoch in range(begin // in_epoch, (begin + steps - 1) // in_epoch + 1)}
+        per_client.append(
+            [passes[b // in_epoch][b % in_epoch * batch_size :][:batch_size] for b in range(begin, begin + steps)]
+        )
+    return _pad(offsets, per_client, batch_size)
+
+
+def _pad(offsets: np.ndarray, per_client: Sequence[Sequence[np.ndarray]], batch_size: int) -> Batches:
+    steps = np.array([len(batches) for batches in per_client], dtype=np.int64)
+    widest = min(batch_size, max(len(batch) for batches in per_client for batch in batches))
+    shape = (int(steps.max()), len(per_client), widest)
+    rows, weights = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    for client, batches in enumerate(per_client):
+        rows[:, client] = offsets[client]
+        for s, batch in enumerate(batches):
+            rows[s, client, : len(batch)] = batch + offsets[client]
+            weights[s, client, : len(batch)] = 1
+    return Batches(torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(steps))
+
+
+def learning_rate(config: RunConfig, server_round: int) -> float:
+    """Return the local learning rate of a round (from 1) by `learning-rate-schedule`."""
+    done = max(server_round - 1, 0)
+    factor = {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * done / config.rounds)) / 2,
+        "exponential": config.learning_rate_decay**done,
+    }
+    return config.learning_rate * factor[config.learning_rate_schedule]
+
+
+def make_optimizer(
+    name: str, rate: float, momentum: float = 0.0, weight_decay: float = 0.0
+) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """Return a function from parameters to a torch optimiser; one that has no momentum option is not given any."""
+    if name not in OPTIMIZERS:
+        raise unknown("optimizer", name, OPTIMIZERS)
+    options: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
+    if name in ("sgd", "rmsprop"):
+        options["momentum"] = momentum
+    return lambda params: OPTIMIZERS[name](params, **options)

@@ -1,0 +1,79 @@
+"""Save nested state without pickles: plain values as JSON, arrays as safetensors.
+
+A tree is made of dicts (string or integer keys), lists, tuples, numbers, strings, None, NumPy arrays and Flower's
+records. Anything else raises `TypeError` naming the place: a checkpoint must not lose something silently.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors.numpy import load_file, save_file
+
+_RECORDS = {"arrays": ArrayRecord, "config": ConfigRecord, "metrics": MetricRecord, "records": RecordDict}
+
+
+def save(tree: Any, folder: Path, name: str) -> None:
+    """Write `tree` as name.json and name.safetensors in the folder."""
+    arrays: dict[str, np.ndarray] = {}
+    text = json.dumps(_pack(tree, name, arrays))
+    save_file(arrays, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(text)
+
+
+def load(folder: Path, name: str) -> Any:
+    """Return the tree that `save` wrote."""
+    arrays = load_file(folder / f"{name}.safetensors")
+    return _unpack(json.loads((folder / f"{name}.json").read_text()), arrays)
+
+
+def packable(value: Any) -> bool:
+    """Return whether `save` takes the value."""
+    try:
+        _pack(value, "", {})
+    except TypeError:
+        return False
+    return True
+
+
+def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return _pack(value.item(), where, arrays)
+    if isinstance(value, np.ndarray):
+        if where in arrays:
+            raise TypeError(f"{where}: two keys have the same name")
+        arrays[where] = np.ascontiguousarray(value)
+        return {"array": where}
+    if isinstance(value, Array):
+        return {"flower-array": _pack(value.numpy(), where, arrays)}
+    for kind, record in _RECORDS.items():
+        if isinstance(value, record):
+            return {kind: _pack(dict(value), where, arrays)}
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return {"dict": [[key, _pack(item, f"{where}/{key}", arrays)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(item, f"{where}/{i}", arrays) for i, item in enumerate(value)]}
+    raise TypeError(f"{where}: {type(value).__name__} cannot be saved")
+
+
+def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "flower-array":
+        return Array(np.asarray(_unpack(content, arrays)))
+    if kind in _RECORDS:
+        return _RECORDS[kind](_unpack(content, arrays))
+    if kind == "dict":
+        return {key: _unpack(item, arrays) for key, item in content}
+    items = [_unpack(item, arrays) for item in content]
+    return items if kind == "list" else tuple(items)

@@ -1,0 +1,97 @@
+"""From a configuration to a ready strategy, with every wrong option refused before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+
+from core.config import RunConfig
+from core.data import Federation
+from core.errors import InputError, unknown
+from core.training import make_optimizer
+from strategies import options_of, strategy_class
+from tasks import load
+from tasks.base import build_model
+from tasks.source import federation_of
+
+# Options that repeat the clients' learning rate take it from the run unless they are given.
+_CLIENT_RATE = ("client-learning-rate", "eta-l")
+
+
+def check(config: RunConfig) -> Federation:
+    """Return the federation's data after refusing, with `InputError`, whatever would fail later in the run."""
+    build_strategy(config)
+    make_optimizer(config.optimizer, config.learning_rate)
+    if config.baseline.optimizer:
+        make_optimizer(config.baseline.optimizer, config.learning_rate)
+    task = load(config)
+    build_model(task, config.seed)
+    metric = config.early_stopping.metric
+    if metric and metric not in task.metrics:
+        raise unknown("early-stopping.metric", metric, task.metrics)
+    federation = federation_of(config)
+    if len(federation) != config.clients:
+        raise InputError(
+            f"clients={config.clients}, but the data are for {len(federation)}; set clients={len(federation)}."
+        )
+    if (metric or config.keep == "best") and not federation.validation.sizes.any():
+        raise InputError("early stopping and keep=best need validation splits, and these partitions have none.")
+    return federation
+
+
+def build_strategy(config: RunConfig) -> Strategy:
+    """Return the configured strategy; `InputError` names an unknown option, a wrong value or too few clients."""
+    cls = strategy_class(config.strategy)
+    options = options_of(cls)
+    for key in config.strategy_options:
+        if key not in options:
+            raise unknown(f"{config.strategy} option", f"strategy-options.{key}", options)
+    chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
+    chosen |= config.strategy_options
+    sampled = config.count(config.sampled)
+    # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy.
+    plumbing = {
+        "fraction_train": sampled / config.clients,
+        "min_train_nodes": sampled,
+        "min_available_nodes": config.clients,
+        "fraction_evaluate": 0.0,
+        "min_evaluate_nodes": 0,
+    }
+    accepted = _parameters(cls)
+    arguments = {name: value for name, value in plumbing.items() if name in accepted}
+    arguments |= {key.replace("-", "_"): value for key, value in chosen.items()}
+    try:
+        strategy = cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"strategy '{config.strategy}' refuses its options {config.strategy_options}: {error}"
+        ) from None
+    _check_enough(strategy, config, sampled)
+    return strategy
+
+
+def _parameters(cls: type[Strategy]) -> set[str]:
+    """Return every name that reaches a constructor of the class or, through **options, of its bases."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None:
+            continue
+        parameters = inspect.signature(init).parameters.values()
+        names |= {p.name for p in parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:
+    """Refuse robust rules that cannot work with so few clients; Flower's skip the round or average silently."""
+    malicious = getattr(strategy, "num_malicious_nodes", 0)
+    least = {"krum": 2 * malicious + 3, "multikrum": 2 * malicious + 3, "bulyan": 4 * malicious + 3}
+    if sampled < (needed := least.get(config.strategy, 1)):
+        raise InputError(
+            f"{config.strategy} with num-malicious-nodes={malicious} needs {needed} clients a round, not {sampled}; "
+            "raise sampled or clients, or lower strategy-options.num-malicious-nodes."
+        )

@@ -1,0 +1,116 @@
+"""A checkpoint after every round: everything a run needs to end with the same bits as one that was never stopped.
+
+Nothing random has to be kept: every draw is a function of (seed, round, client).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from core import tree
+from core.errors import InputError
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run after its last finished round."""
+
+    round: int
+    arrays: ArrayRecord
+    strategy: dict[str, Any]
+    unsaved: list[str]
+    """Attributes of the strategy that could not be saved; resuming with any is refused."""
+    client_states: dict[int, RecordDict]
+    progress: dict[str, Any]
+    """The recorder's running totals and the best model so far."""
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint under `folder` so that a kill at any moment leaves the previous or the new one whole."""
+    fresh = folder / f"round-{checkpoint.round:06d}"
+    part = folder / "part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tree.save(dict(vars(checkpoint)), part, "state")
+    for file in part.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    shutil.rmtree(fresh, ignore_errors=True)
+    os.replace(part, fresh)
+    for old in folder.glob("round-*"):
+        if old != fresh:
+            shutil.rmtree(old)
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint under `folder`, or None where there is none."""
+    saved = sorted(folder.glob("round-*"))
+    return Checkpoint(**tree.load(saved[-1], "state")) if saved else None
+
+
+def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], list[str]]:
+    """Return what the strategy has to remember, and the names of attributes that cannot be saved.
+
+    A strategy with `state_dict()` says so itself. Else it is every attribute but functions, which are rebuilt from
+    the configuration.
+    """
+    if hasattr(strategy, "state_dict"):
+        return {"state_dict": strategy.state_dict()}, []
+    attributes = {name: value for name, value in vars(strategy).items() if not callable(value)}
+    saved = {name: value for name, value in attributes.items() if tree.packable(value)}
+    return saved, sorted(attributes.keys() - saved.keys())
+
+
+def restore_strategy(strategy: Strategy, checkpoint: Checkpoint) -> None:
+    """Give the strategy back what it remembered; `InputError` when that could not be saved."""
+    if checkpoint.unsaved:
+        raise InputError(
+            f"this run cannot be resumed: its strategy keeps {', '.join(checkpoint.unsaved)}, which a checkpoint "
+            "cannot hold; give the strategy state_dict() and load_state_dict()."
+        )
+    if "state_dict" in checkpoint.strategy:
+        strategy.load_state_dict(checkpoint.strategy["state_dict"])  # type: ignore[attr-defined]
+    else:
+        vars(strategy).update(checkpoint.strategy)
+
+
+class LaterRounds(Strategy):
+    """A strategy that starts after `done` rounds: Flower counts from 1, the strategy inside sees the true round."""
+
+    def __init__(self, inner: Strategy, done: int) -> None:
+        self.inner, self.done = inner, done
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the messages of the true round."""
+        return self.inner.configure_train(server_round + self.done, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the aggregate of the true round."""
+        return self.inner.aggregate_train(server_round + self.done, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the evaluation messages of the true round."""
+        return self.inner.configure_evaluate(server_round + self.done, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the evaluation's aggregate of the true round."""
+        return self.inner.aggregate_evaluate(server_round + self.done, replies)
+
+    def summary(self) -> None:
+        """Log what the strategy inside logs."""
+        self.inner.summary()

@@ -1,0 +1,141 @@
+"""How good the global model is: on the central test set, and on each client's own splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from core import records
+from core.config import RunConfig
+from core.data import Split
+from core.metrics import best_threshold, score, spread
+from core.seeding import rng
+from tasks import standardise
+from tasks.base import Task, build_model, predict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one model: metrics by name on each kind of data, and the decision threshold that was used."""
+
+    central: dict[str, float]
+    """On the central test set."""
+    clients: dict[str, dict[str, float]]
+    """On the clients' own test splits: mean, worst and std of each metric."""
+    validation: dict[str, float]
+    """On the clients' validation splits, weighted by examples; nan where there are none."""
+    threshold: float
+    each: dict[int, dict[str, float]]
+    """Test metrics by client, for those that evaluated."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the clients said of themselves at the start: names, sizes of their splits, label counts, input constants."""
+
+    names: list[str]
+    sizes: list[list[int]]
+    label_counts: list[list[int]]
+    constants: dict[str, list[float]]
+    order: dict[int, int]
+    """Client number by node id."""
+
+
+def describe(grid: Grid, task: Task, timeout: float) -> Description:
+    """Ask every client for counts and sums, and return them with the constants made from the sums of all.
+
+    Raises `RuntimeError` when a client cannot answer: constants of some clients only would be quietly wrong.
+    """
+    content = RecordDict({records.CONFIG: ConfigRecord({})})
+    messages = [Message(content, node, records.QUERY_STATISTICS) for node in grid.get_node_ids()]
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    failed = [str(reply.error.reason) for reply in replies if reply.has_error()]
+    if failed or len(replies) < len(messages):
+        raise RuntimeError(
+            f"{len(messages) - len(replies) + len(failed)} clients did not describe their data: {failed[:3]}"
+        )
+    rows = []
+    for reply in replies:
+        about: dict[str, Any] = dict(reply.content.config_records[records.CLIENTS])
+        rows.append(
+            (about[records.CLIENT][0], about["name"], records.metrics_of(reply.content), reply.metadata.src_node_id)
+        )
+    rows.sort(key=lambda row: row[0])
+    constants = standardise.combine([metrics for _, _, metrics, _ in rows]) if task.standardise != "none" else {}
+    return Description(
+        names=[name for _, name, _, _ in rows],
+        sizes=[list(metrics[records.SIZES]) for _, _, metrics, _ in rows],
+        label_counts=[list(metrics[records.LABEL_COUNTS]) for _, _, metrics, _ in rows],
+        constants=constants,
+        order={node: client for client, _, _, node in rows},
+    )
+
+
+class Evaluator:
+    """Evaluates models of one run; which clients evaluate is drawn once, so that rounds can be compared."""
+
+    def __init__(self, grid: Grid, config: RunConfig, task: Task, central: Split, about: Description) -> None:
+        self._grid, self._task = grid, task
+        self._model = build_model(task, config.seed)
+        self._constants = {records.CONSTANTS + name: values for name, values in about.constants.items()}
+        x = standardise.apply(central.x, about.constants) if about.constants else central.x
+        self._central = Split(x, central.y)
+        nodes = sorted(about.order, key=about.order.__getitem__)
+        chosen = rng(config.seed, "evaluated").permutation(len(nodes))[: config.count(config.evaluated)]
+        self._nodes = [nodes[i] for i in sorted(chosen)]
+        self._order = about.order
+        self._has_validation = any(sizes[1] for sizes in about.sizes)
+
+    def __call__(self, server_round: int, arrays: ArrayRecord, timeout: float) -> Evaluation:
+        """Return the evaluation of `arrays`; the threshold comes from validation splits, never from test data."""
+        threshold, validation = 0.5, dict.fromkeys(self._task.metrics, float("nan"))
+        if self._has_validation:
+            rows = self._ask(server_round, arrays, "validation", threshold, timeout)
+            if self._task.tuned_threshold:
+                threshold = best_threshold(np.sum([row[records.SCORE_COUNTS] for row in rows], axis=0).reshape(2, -1))
+                # Only what depends on the threshold changes, but F1 at 0.5 would be a misleading thing to track.
+                rows = self._ask(server_round, arrays, "validation", threshold, timeout)
+            validation = _weighted(rows, self._task.metrics)
+        rows = self._ask(server_round, arrays, "test", threshold, timeout)
+        each = {row[records.CLIENT]: {name: row[name] for name in self._task.metrics} for row in rows}
+        records.load_into(self._model, records.to_tensors(arrays))
+        p = predict(self._model, torch.from_numpy(self._central.x))
+        central = score(p, self._central.y, self._task.metrics, threshold)
+        return Evaluation(central, spread(rows, self._task.metrics), validation, threshold, each)
+
+    def _ask(
+        self, server_round: int, arrays: ArrayRecord, split: str, threshold: float, timeout: float
+    ) -> list[dict[str, Any]]:
+        config = ConfigRecord(
+            {
+                records.SERVER_ROUND: server_round,
+                records.SPLIT: split,
+                records.THRESHOLD: threshold,
+                **self._constants,
+            }
+        )
+        content = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
+        messages = [Message(content, node, "evaluate") for node in self._nodes]
+        replies = self._grid.send_and_receive(messages, timeout=timeout)
+        return [
+            {**records.metrics_of(reply.content), records.CLIENT: self._order[reply.metadata.src_node_id]}
+            for reply in replies
+            if not reply.has_error()
+        ]
+
+
+def _weighted(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """Return each metric's mean over clients weighted by examples; clients where it is nan do not count."""
+    weights = np.array([row[records.NUM_EXAMPLES] for row in rows], dtype=float)
+    out = {}
+    for name in names:
+        values = np.array([row[name] for row in rows])
+        counted = np.isfinite(values) & (weights > 0)
+        out[name] = float(np.average(values[counted], weights=weights[counted])) if counted.any() else float("nan")
+    return out

@@ -1,0 +1,146 @@
+"""The run folder: config.toml, rounds.jsonl (flushed each round), clients.parquet, model, summary.json, checkpoint/."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from flwr.app import ArrayRecord
+from safetensors.numpy import save_file
+
+from core.config import RunConfig, read_toml
+from core.errors import InputError
+from server.checkpoint import Checkpoint, load
+
+PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
+CLIENT_ROWS = "clients.jsonl"
+
+
+def clean(value: Any) -> Any:
+    """Return the value with nan and infinity as None: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFolder:
+    """The files of one run. What was written stays valid whenever the process ends."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoint"
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunFolder:
+        """Make `<out>/<utc>-<preset>-<strategy>-s<seed>/` with its config.toml, and return it."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        strategy = config.strategy.replace(":", ".").replace("/", ".")
+        base = Path(config.out).absolute() / f"{stamp}-{config.preset}-{strategy}-s{config.seed}"
+        path, again = base, 1
+        while True:
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                again += 1
+                path = base.with_name(f"{base.name}-{again}")
+            except OSError as error:
+                raise InputError(f"cannot make a run folder in out={config.out}: {error.strerror}.") from None
+        folder = cls(path, config)
+        (path / "config.toml").write_text(config.toml(), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Return an existing run's folder; `InputError` when it is not one."""
+        if not (path / "config.toml").is_file():
+            raise InputError(f"{path} is not a run folder: it has no config.toml.")
+        return cls(path.absolute(), RunConfig.of(read_toml(path / "config.toml")))
+
+    @classmethod
+    def resumable(cls, path: Path) -> RunFolder:
+        """Return a run's folder that has rounds left; `InputError` when it is complete."""
+        folder = cls.open(path)
+        summary = path / "summary.json"
+        if summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "completed":
+            raise InputError(f"{path} is completed; start a new run with: fedra run {path / 'config.toml'}.")
+        return folder
+
+    def rounds_done(self) -> int:
+        """Return the last checkpoint's round, 0 where there is none."""
+        checkpoint = load(self.checkpoints)
+        return checkpoint.round if checkpoint else 0
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """Return the newest checkpoint and drop the records of later, unfinished rounds."""
+        checkpoint = load(self.checkpoints)
+        done = checkpoint.round if checkpoint else 0
+        for file in ("rounds.jsonl", f"checkpoint/{CLIENT_ROWS}"):
+            if (path := self.path / file).exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                # A killed process may leave half a line at the end.
+                whole = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= done]
+                path.write_text("".join(whole), encoding="utf-8")
+        return checkpoint
+
+    def append_round(self, row: dict[str, Any], clients: Iterable[dict[str, Any]]) -> None:
+        """Append a round's line to rounds.jsonl and its clients' rows beside the checkpoint."""
+        self.checkpoints.mkdir(exist_ok=True)
+        self._append(self.checkpoints / CLIENT_ROWS, {"round": row["round"], "clients": list(clients)})
+        self._append(self.path / "rounds.jsonl", row)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the folder."""
+        (self.path / name).write_text(json.dumps(clean(content), indent=2) + "\n", encoding="utf-8")
+
+    def finish(self, arrays: ArrayRecord, summary: dict[str, Any]) -> None:
+        """Write model.safetensors, clients.parquet and summary.json."""
+        save_file({name: array.numpy() for name, array in arrays.items()}, self.path / "model.safetensors")
+        rows = self.checkpoints / CLIENT_ROWS
+        lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+        table = [{"round": line["round"], **client} for line in map(json.loads, lines) for client in line["clients"]]
+        # Named even where there is no row: a run that was stopped in its first round has an empty table, not none.
+        columns = dict.fromkeys(["round", "client", "num_examples", "train_loss", "train_seconds"])
+        columns |= dict.fromkeys(column for row in table for column in row)
+        pd.DataFrame(table, columns=list(columns)).to_parquet(self.path / "clients.parquet", index=False)
+        self.write_json("summary.json", summary)
+
+    @staticmethod
+    def _append(path: Path, row: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean(row)) + "\n")
+            file.flush()
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of what decides a run's numbers."""
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            # Flower's runtime ships the source folders to machines where the package itself is not installed.
+            return "not installed"
+
+    return {package: installed(package) for package in PACKAGES}
+
+
+class Clock:
+    """Seconds since it was started, the time before an interruption included."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._began = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self._began

@@ -1,0 +1,117 @@
+"""What federation is compared with: the same model on pooled data, and on each client alone.
+
+Both need rows that a real federation could not gather, so they exist only in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from core import records
+from core.config import RunConfig
+from core.data import Federation, Split
+from core.metrics import best_threshold, score, score_counts, spread
+from core.seeding import derive, rng
+from core.training import LocalRound, can_vectorise, local_sgd, make_optimizer, plan
+from tasks import load, standardise
+from tasks.base import Task, build_model, predict
+
+COHORT = 32
+
+
+def train_baselines(config: RunConfig, federation: Federation) -> dict[str, Any]:
+    """Return {"central": metrics of pooled training, "local": means over clients that train alone}.
+
+    `local.own_test` is each client's model on its own test split, the rest on the central test set.
+    """
+    task = load(config)
+    pooled = Split(federation.train.x, federation.train.y)
+    validation = Split(federation.validation.x, federation.validation.y)
+    constants = _constants([pooled]) if task.standardise != "none" else None
+    base = config.baseline
+    [central] = _train(task, config, [_scaled(pooled, constants)], "pooled", base.epochs)
+    threshold = _threshold(task, central, _scaled(validation, constants))
+    test = _scaled(federation.central, constants)
+    rows, own = [], []
+    locals_ = [_own(task, federation, client, constants) for client in range(len(federation))]
+    models = _train(task, config, [splits["train"] for splits in locals_], "alone", base.alone_epochs or base.epochs)
+    for model, splits in zip(models, locals_, strict=True):
+        cut = _threshold(task, model, splits["validation"])
+        rows.append(score(predict(model, torch.from_numpy(splits["central"].x)), test.y, task.metrics, cut))
+        x = torch.from_numpy(splits["test"].x)
+        own.append(score(predict(model, x), splits["test"].y, task.metrics, cut))
+    local = {name: values["mean"] for name, values in spread(rows, task.metrics).items()}
+    return {
+        "central": score(predict(central, torch.from_numpy(test.x)), test.y, task.metrics, threshold),
+        "local": {**local, "own_test": spread(own, task.metrics), "each": rows},
+    }
+
+
+def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, epochs: int) -> list[torch.nn.Module]:
+    """Return one model per split, all from the same initial weights; epochs=0 trains as long as a federated client."""
+    model = build_model(task, config.seed)
+    base = config.baseline
+    rate = base.learning_rate or config.learning_rate
+    optimizer = make_optimizer(base.optimizer or config.optimizer, rate, config.momentum, config.weight_decay)
+    out = []
+    for start in range(0, len(splits), COHORT):
+        cohort = splits[start : start + COHORT]
+        sizes = [len(split) for split in cohort]
+        generators = [rng(config.seed, "baseline", name, start + i) for i in range(len(cohort))]
+        shuffled = [
+            [generator.permutation(n) for _ in range(epochs or _federated_epochs(config, n))]
+            for generator, n in zip(generators, sizes, strict=True)
+        ]
+        update = local_sgd(
+            LocalRound(
+                model=model,
+                loss=task.loss,
+                global_params=records.travelling(model),
+                x=torch.from_numpy(np.concatenate([split.x for split in cohort])),
+                y=torch.from_numpy(np.concatenate([split.y for split in cohort])),
+                batches=plan(sizes, config.batch_size, shuffled),
+                optimizer=optimizer,
+                gradient_clip=config.gradient_clip,
+                seed=derive(config.seed, "baseline-model", name, start),
+                vectorised=len(cohort) > 1 and can_vectorise(model),
+            )
+        )
+        for i in range(len(cohort)):
+            weights = {name: tensor[i] for name, tensor in update.params.items()}
+            out.append(records.load_into(build_model(task, config.seed), weights))
+    return out
+
+
+def _federated_epochs(config: RunConfig, examples: int) -> int:
+    if config.local_steps:
+        return max(1, round(config.rounds * config.local_steps * config.batch_size / examples))
+    return config.rounds * config.local_epochs
+
+
+def _threshold(task: Task, model: torch.nn.Module, validation: Split) -> float:
+    if not task.tuned_threshold:
+        return 0.5
+    return best_threshold(score_counts(predict(model, torch.from_numpy(validation.x)), validation.y))
+
+
+def _own(task: Task, federation: Federation, client: int, pooled: standardise.Constants | None) -> dict[str, Split]:
+    """Return a client's splits and the central test set as a client alone sees them: scaled by its own training rows.
+
+    Where clients scale by their own constants anyway (heart), the central test set keeps the pooled ones, as FLamby's.
+    """
+    splits = federation.client(client)
+    own = None if pooled is None else _constants([splits["train"]])
+    scaled = {name: _scaled(split, own) for name, split in splits.items()}
+    return scaled | {"central": _scaled(federation.central, own if task.standardise == "federated" else pooled)}
+
+
+def _constants(splits: Sequence[Split]) -> standardise.Constants:
+    return standardise.combine([standardise.statistics(split.x) for split in splits])
+
+
+def _scaled(split: Split, constants: standardise.Constants | None) -> Split:
+    return split if constants is None else Split(standardise.apply(split.x, constants), split.y)

@@ -1,0 +1,139 @@
+"""The command line. `--help` answers at once: whatever is heavy is imported inside a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.errors import InputError
+
+app = typer.Typer(
+    help="Federated learning on one machine: a Flower server, many Ray-spawned clients, torch models, non-IID data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Preset = Annotated[str, typer.Argument(metavar="PRESET|FILE.toml", help="A name in `fedra list`, or a file.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, named as in presets.")]
+Out = Annotated[str, typer.Option(metavar="DIR", help="Folder for run folders; runs by default.")]
+INTERRUPTED = 130
+console = Console()
+
+
+@app.command()
+def run(
+    preset: Preset = "",
+    settings: Settings = None,
+    out: Out = "",
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run folder.")] = None,
+) -> None:
+    """Train a federation: fedra run medical rounds=10 strategy=fedprox"""
+    from server.recorder import RunFolder
+    from simulations.progress import Progress
+    from simulations.run import preset as load_preset
+    from simulations.run import simulate
+
+    if resume is not None:
+        if preset or settings or out:
+            raise InputError("--resume continues a run as it was configured; give it no preset, settings or --out.")
+        config = RunFolder.resumable(resume).config
+    elif preset:
+        config = load_preset(preset, _overrides(settings, out))
+    else:
+        raise InputError("name a preset, a TOML file or --resume RUN; `fedra list` shows the presets.")
+    with Progress(config, console) as progress:
+        finished = simulate(config, resume=resume, on_start=progress.start, on_round=progress.round)
+    progress.summarise(finished)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Show tasks, strategies, presets, partitions and every setting, a line each."""
+    from core.config import keys
+    from simulations.run import PRESETS, preset_names
+    from strategies import STRATEGIES
+    from tasks.catalogue import datasets, tasks
+    from tasks.partition import KINDS
+
+    sections: dict[str, Mapping[str, str]] = {
+        "Presets": {name: _first_comment(PRESETS / f"{name}.toml") for name in preset_names()},
+        "Tasks": tasks(),
+        "Data sets (dataset=)": datasets(),
+        "Strategies (strategy=)": {name: entry.sentence for name, entry in STRATEGIES.items()},
+        "Partitions (partition.kind=)": KINDS,
+        "Settings (KEY=VALUE)": keys(),
+    }
+    for title, rows in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, sentence in rows.items():
+            table.add_row(f"[bold]{escape(name)}", escape(sentence))
+        console.print(table, "")
+
+
+@app.command()
+def compare(preset: Preset, settings: Settings = None, out: Out = "") -> None:
+    """Compare strategies over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
+    from simulations.compare import compare as run_all
+
+    run_all(preset, _overrides(settings, out), console)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Rebuild a run's report.html from its files."""
+    from reports.page import write_report
+
+    console.print(f"Report: {write_report(run)}", highlight=False, soft_wrap=True)
+
+
+def _overrides(settings: list[str] | None, out: str) -> dict[str, Any]:
+    from core.config import parse_override
+
+    overrides = dict(parse_override(text) for text in settings or [])
+    return {**overrides, "out": out} if out else overrides
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    # Once: what follows is the run saving itself, which a second Ctrl-C must not spoil.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; exit code 0 done, 2 wrong input (one sentence), 1 failed, 130 interrupted."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except InputError as error:
+        errors.print(f"[red]Error:[/red] {escape(str(error))}")
+        sys.exit(2)
+    except click.ClickException as error:
+        errors.print(f"[red]Error:[/red] {escape(error.format_message())} Try 'fedra --help'.")
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("Interrupted.")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("FEDRA_TRACEBACK"):
+            raise
+        errors.print(f"[red]Failed:[/red] {type(error).__name__}: {escape(str(error))}")
+        errors.print("Set FEDRA_TRACEBACK=1 to see where.")
+        sys.exit(1)

@@ -1,0 +1,68 @@
+"""How many clients to train together: measured on the real model and data at the start, then recorded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from core import records
+from core.config import RunConfig
+from core.data import Federation
+from core.training import LocalRound, can_vectorise, local_sgd, make_optimizer, plan
+from tasks import load
+from tasks.base import build_model
+
+CANDIDATES = (8, 32, 128)
+BUDGET_SECONDS = 1.5
+
+
+def measure(config: RunConfig, federation: Federation) -> RunConfig:
+    """Return the config with `engine.cohort-size` decided: the fastest of one by one, 8, 32 and 128 together.
+
+    Equal bits need an equal cohort size, so the choice stands in the run's config.toml like any other setting.
+    """
+    if config.engine.cohort_size != "auto":
+        return config
+    model = build_model(load(config), config.seed)
+    sampled = config.count(config.sampled)
+    if sampled == 1 or not can_vectorise(model):
+        return config.with_(engine__cohort_size=1)
+    sizes = [1, *(size for size in CANDIDATES if size < sampled), min(sampled, CANDIDATES[-1])]
+    began, best, seconds = time.perf_counter(), 1, float("inf")
+    for size in dict.fromkeys(sizes):
+        taken = _seconds_per_client(config, federation, model, size)
+        if taken < seconds:
+            best, seconds = size, taken
+        if time.perf_counter() - began > BUDGET_SECONDS:
+            break
+    return config.with_(engine__cohort_size=best)
+
+
+def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.nn.Module, size: int) -> float:
+    """Return the time a client takes in a cohort of `size` on at most four batches, the first call's cost apart."""
+    clients = [federation.train[i % len(federation)] for i in range(size)]
+    few = 4 * config.batch_size
+    sizes = [min(len(split), few) for split in clients]
+    cohort = LocalRound(
+        model=model,
+        loss=load(config).loss,
+        global_params=records.travelling(model),
+        x=torch.from_numpy(np.concatenate([split.x[:few] for split in clients])),
+        y=torch.from_numpy(np.concatenate([split.y[:few] for split in clients])),
+        batches=plan(sizes, config.batch_size, [[np.arange(n)] for n in sizes]),
+        optimizer=make_optimizer(config.optimizer, config.learning_rate),
+        vectorised=size > 1,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first_step = replace(cohort, batches=plan([1] * size, 1, [[np.zeros(1, dtype=np.int64)]] * size))
+        local_sgd(first_step)
+        began = time.perf_counter()
+        local_sgd(cohort)
+        return (time.perf_counter() - began) / size
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,166 @@
+"""Who works: Ray actors (data in shared memory once per machine), or this process when there are no workers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.app import Error, RecordDict
+from flwr.common.constant import ErrorCode
+
+from core.errors import InputError
+from simulations.worker import Job, Result, Worker
+
+OBJECT_STORE_BYTES = 256 * 2**20
+ATTEMPTS = 3
+
+
+class Pool(Protocol):
+    """Takes jobs and gives results back in any order; the grid puts them in theirs."""
+
+    def submit(self, job: Job, content: RecordDict) -> int:
+        """Return a ticket for the job's result."""
+        ...
+
+    def wait(self, timeout_seconds: float | None) -> dict[int, Result]:
+        """Return the results that are ready, at least one unless the time runs out or nothing is under way."""
+        ...
+
+    def close(self) -> None:
+        """End every process that the pool started."""
+        ...
+
+
+class LocalPool:
+    """One worker in this process: the same code under a debugger."""
+
+    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+        self._worker = make_worker()
+        self._queue: deque[tuple[int, Job, RecordDict]] = deque()
+        self._tickets = itertools.count()
+
+    def submit(self, job: Job, content: RecordDict) -> int:
+        ticket = next(self._tickets)
+        self._queue.append((ticket, job, content))
+        return ticket
+
+    def wait(self, timeout_seconds: float | None) -> dict[int, Result]:
+        if not self._queue:
+            return {}
+        ticket, job, content = self._queue.popleft()
+        return {ticket: self._worker.answer(job, content)}
+
+    def close(self) -> None:
+        self._queue.clear()
+
+
+@dataclass
+class _Task:
+    ticket: int
+    job: Job
+    content: Any
+    attempts: int = 0
+
+
+class RayPool:
+    """Ray actors. One that dies is replaced and its jobs run again; a job that kills three is answered with errors."""
+
+    # Two jobs an actor: the next one's input is there when the first ends.
+    IN_FLIGHT = 2
+
+    def __init__(self, workers: int, address: str, worker_arguments: tuple[Any, ...]) -> None:
+        import ray
+
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            start_ray(ray, workers, address)
+        # Large arguments (the federation) go into shared memory once and are read there by every actor.
+        self._arguments = tuple(ray.put(argument) for argument in worker_arguments)
+        self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(Worker)
+        self._actors = [self._actor_class.remote(*self._arguments) for _ in range(workers)]
+        self._busy: dict[Any, tuple[Any, _Task]] = {}
+        self._queue: deque[_Task] = deque()
+        self._tickets = itertools.count()
+        self._content: tuple[RecordDict | None, Any] = (None, None)
+
+    def submit(self, job: Job, content: RecordDict) -> int:
+        if self._content[0] is not content:
+            self._content = (content, self._ray.put(content))
+        task = _Task(next(self._tickets), job, self._content[1])
+        self._queue.append(task)
+        self._dispatch()
+        return task.ticket
+
+    def wait(self, timeout_seconds: float | None) -> dict[int, Result]:
+        if not self._busy:
+            return {}
+        ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=timeout_seconds)
+        results = {}
+        for reference in ready:
+            actor, task = self._busy.pop(reference)
+            try:
+                results[task.ticket] = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError:
+                failed = self._replace(actor, task)
+                if failed is not None:
+                    results[task.ticket] = failed
+        self._dispatch()
+        return results
+
+    def close(self) -> None:
+        self._busy.clear()
+        self._queue.clear()
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+    def _dispatch(self) -> None:
+        load = dict.fromkeys(self._actors, 0)
+        for actor, _ in self._busy.values():
+            load[actor] += 1
+        while self._queue and min(load.values()) < self.IN_FLIGHT:
+            actor = min(load, key=load.__getitem__)
+            task = self._queue.popleft()
+            self._busy[actor.answer.remote(task.job, task.content)] = (actor, task)
+            load[actor] += 1
+
+    def _replace(self, dead: Any, task: _Task) -> Result | None:
+        """Put a new actor in place of a dead one and its jobs back in the queue; give up on a job after ATTEMPTS."""
+        if dead in self._actors:
+            self._actors[self._actors.index(dead)] = self._actor_class.remote(*self._arguments)
+        # Whatever else the dead actor had was lost with it, but only the job it was working on counts an attempt.
+        others = [reference for reference, (actor, _) in self._busy.items() if actor is dead]
+        for reference in others:
+            self._queue.appendleft(self._busy.pop(reference)[1])
+        task.attempts += 1
+        if task.attempts < ATTEMPTS:
+            self._queue.appendleft(task)
+            return None
+        error = Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process died {ATTEMPTS} times on this cohort")
+        return Result([([i], error) for i in range(len(task.job.nodes))], {})
+
+
+def start_ray(ray: Any, workers: int, address: str) -> None:
+    """Start a small Ray on the loopback address without a dashboard, or join the cluster at `address`."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"engine.address={address}: no Ray cluster answers there ({error}).") from None
+        return
+    ray.init(
+        num_cpus=workers,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )

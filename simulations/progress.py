@@ -1,0 +1,107 @@
+"""The live display of a run: round, loss, the task's main metrics, clients per second, time left."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from core.config import RunConfig
+from reports.words import metric, number
+from simulations.run import Run, worker_count
+from tasks import load
+
+
+class Progress:
+    """A bar on a terminal, a line a round elsewhere; in both the same numbers."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.metrics = load(config).metrics[:3]
+        self.folder: Path | None = None
+        self.began = time.perf_counter()
+        self._values: dict[str, float] = {}
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("run", total=config.rounds, numbers="starting")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if kind is not None and self.folder is not None:
+            self.print(f"Saved up to the last finished round. Continue with: fedra run --resume {self.folder}")
+
+    def start(self, folder: Path, config: RunConfig, done: int) -> None:
+        """Say what starts where."""
+        self.folder = folder
+        self.config = config
+        workers = worker_count(config)
+        where = f"{workers} Ray workers" if workers else "this process"
+        self.print(
+            f"{config.task} with {config.strategy}: {config.clients} clients, {config.count(config.sampled)} a round, "
+            f"{config.rounds} rounds, seed {config.seed}; cohorts of {config.engine.cohort_size} in {where}."
+        )
+        if done:
+            self.print(f"Resumed after round {done}.")
+        self._bar.update(self._task, completed=done)
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Show a finished round."""
+        self._values |= row.get("central", {})
+        numbers = [
+            f"{metric(name).title} {number(self._values[name], 4)}" for name in self.metrics if name in self._values
+        ]
+        line = "  ".join([*numbers, f"{row['clients_per_second']:.0f} clients/s"])
+        self._bar.update(self._task, completed=row["round"], numbers=line)
+        if not self.console.is_terminal:
+            left = (time.perf_counter() - self.began) / row["round"] * (self.config.rounds - row["round"])
+            self.print(f"round {row['round']}/{self.config.rounds}  {line}  left {left:.0f} s")
+        if row["failed"]:
+            reason = row["failures"][0]["reason"]
+            self.print(f"round {row['round']}: {row['failed']} of {row['sampled']} clients failed: {reason}")
+
+    def summarise(self, run: Run) -> None:
+        """Show the final metrics beside the baselines, and where the report is."""
+        summary = run.summary
+        table = Table(title="Central test set", title_justify="left", box=None, padding=(0, 3, 0, 0))
+        table.add_column("")
+        for name in self.metrics:
+            table.add_column(metric(name).title, justify="right")
+        columns = {f"federated ({summary['strategy']})": summary["metrics"]}
+        if summary["baselines"]:
+            columns |= {
+                "pooled data": summary["baselines"]["central"],
+                "clients alone (mean)": summary["baselines"]["local"],
+            }
+        for title, metrics in columns.items():
+            table.add_row(title, *(number(metrics.get(name), 4) for name in self.metrics))
+        self.console.print(table)
+        stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
+        self.print(f"{summary['status']} {summary['rounds']} rounds in {summary['seconds']:.1f} s{stopped}")
+        self.print("Privacy: none; updates leave clients in clear.")
+        self.print(f"Run folder: {run.path}")
+        self.print(f"Report:     {run.path / 'report.html'}")
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar without wrapping: paths must stay whole."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)

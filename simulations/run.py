@@ -1,0 +1,118 @@
+"""simulate(config) -> Run: a whole federation on this machine, in one call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core.config import RunConfig, dotted, read_toml
+from core.data import Federation
+from core.errors import InputError, unknown
+from server.app import train
+from server.build import check
+from server.recorder import RunFolder
+from simulations.baselines import train_baselines
+from simulations.cohort_size import measure
+from simulations.grid import RayGrid
+from simulations.pool import LocalPool, Pool, RayPool
+from simulations.worker import Worker
+
+PRESETS = Path(__file__).parent / "presets"
+CLIENT_APP = "client.app:app"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what `summary.json` says."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the global model's metrics on the central test set."""
+        metrics: dict[str, float] = self.summary["metrics"]
+        return metrics
+
+
+def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any) -> RunConfig:
+    """Return a preset (a name, or a TOML file) with settings changed.
+
+    `overrides` has dotted keys; keywords write them with underscores: preset("smoke", rounds=3, engine__workers=0). A
+    file `<preset>.strategies.toml` beside the preset may hold settings of its own for each strategy.
+    """
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not name.endswith(".toml") and not path.is_file():
+        raise unknown("preset", name, preset_names())
+    wanted = {**(overrides or {}), **{dotted(key): value for key, value in changes.items()}}
+    flat = {"preset": path.stem, **read_toml(path)}
+    own = path.with_suffix(".strategies.toml")
+    if own.is_file():
+        prefix = f"{wanted.get('strategy', flat.get('strategy', 'fedavg'))}."
+        flat |= {k.removeprefix(prefix): v for k, v in read_toml(own).items() if k.startswith(prefix)}
+    return RunConfig.of({**flat, **wanted})
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with Fedra."""
+    return sorted(file.stem for file in PRESETS.glob("*.toml") if not file.stem.endswith(".strategies"))
+
+
+def simulate(
+    config: RunConfig,
+    *,
+    resume: Path | None = None,
+    on_start: Callable[[Path, RunConfig, int], None] | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Run the federation and return it; with `resume`, continue in that run folder after its last finished round.
+
+    `on_start` hears of the folder, the final configuration and the rounds done before; `on_round` of every line of
+    rounds.jsonl. Raises `InputError` before any process starts when the configuration or the data cannot be used.
+    """
+    quiet()
+    federation = check(config)
+    if resume is None:
+        config = measure(config, federation)
+        folder = RunFolder.create(config)
+    else:
+        folder = RunFolder(resume.absolute(), config)
+    if on_start is not None:
+        on_start(folder.path, config, folder.rounds_done())
+    baselines = partial(train_baselines, config, federation) if config.baselines else None
+    with engine(config, federation) as grid:
+        return Run(folder.path, train(grid, config, folder, baselines=baselines, on_round=on_round))
+
+
+@contextmanager
+def engine(config: RunConfig, federation: Federation) -> Iterator[RayGrid]:
+    """Provide the local grid for the configuration; its processes end with the block."""
+    if config.engine.cohort_size == "auto":
+        raise InputError("engine.cohort-size must be measured before the engine starts.")
+    arguments = (CLIENT_APP, config.flat(), config.clients, federation)
+    workers = worker_count(config)
+    pool: Pool
+    pool = RayPool(workers, config.engine.address, arguments) if workers else LocalPool(partial(Worker, *arguments))
+    try:
+        yield RayGrid(pool, config.clients, config.engine.cohort_size, federation.train.sizes)
+    finally:
+        pool.close()
+
+
+def worker_count(config: RunConfig) -> int:
+    """Return how many workers to start: `auto` is one a core, but no more than there are clients a round."""
+    if config.engine.workers == "auto":
+        return min(os.cpu_count() or 1, config.count(config.sampled))
+    return config.engine.workers
+
+
+def quiet() -> None:
+    """Keep Flower's and Ray's own logging and telemetry out of the way; failures still reach us as exceptions."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    logging.getLogger("flwr").setLevel(logging.ERROR)

@@ -1,0 +1,91 @@
+"""The table of aggregation strategies: Flower's own by name, ours beside them, anybody's by entry point or module:attr.
+
+A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
+
+- a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;
+- `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
+  A strategy that says nothing gets every update.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from flwr.serverapp.strategy import Strategy
+
+from core.config import RunConfig
+from core.errors import InputError
+from core.plugins import load as load_plugin
+from core.training import LocalUpdateFn, local_sgd
+
+_FLOWER = "flwr.serverapp.strategy:"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: where the class is, what `fedra list` says, and whether it only needs weighted means."""
+
+    target: str
+    sentence: str
+    partial_means: bool
+
+
+STRATEGIES = {
+    "fedavg": Entry(_FLOWER + "FedAvg", "weighted mean of the clients' models (McMahan et al. 2017)", True),
+    "fedavgm": Entry(_FLOWER + "FedAvgM", "FedAvg with server momentum (Hsu et al. 2019)", True),
+    "fedprox": Entry("strategies.fedprox:FedProx", "FedAvg with a proximal term on clients (Li et al. 2020)", True),
+    "fedadam": Entry("strategies.fedopt:FedAdam", "Adam on the server (Reddi et al. 2021)", True),
+    "fedyogi": Entry(_FLOWER + "FedYogi", "Yogi on the server (Reddi et al. 2021)", True),
+    "fedadagrad": Entry("strategies.fedopt:FedAdagrad", "Adagrad on the server (Reddi et al. 2021)", True),
+    "qfedavg": Entry(
+        "strategies.qfedavg:QFedAvg", "fairer: clients with a high loss weigh more (Li et al. 2020)", False
+    ),
+    "fedmedian": Entry(_FLOWER + "FedMedian", "coordinate-wise median (Yin et al. 2018)", False),
+    "fedtrimmedavg": Entry(_FLOWER + "FedTrimmedAvg", "coordinate-wise trimmed mean (Yin et al. 2018)", False),
+    "krum": Entry(_FLOWER + "Krum", "the model nearest to its neighbours (Blanchard et al. 2017)", False),
+    "multikrum": Entry(_FLOWER + "MultiKrum", "mean of the models Krum ranks first (Blanchard et al. 2017)", False),
+    "bulyan": Entry(_FLOWER + "Bulyan", "Krum, then a trimmed mean (El Mhamdi et al. 2018)", False),
+}
+
+# What the server decides from the run's own settings, so that an option cannot contradict them.
+_OURS = {
+    "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes",
+    "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn",
+    "selection_rule", "train_loss_key",
+}  # fmt: skip
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """Return the strategy class called `name`; `InputError` when there is none."""
+    table = {key: entry.target for key, entry in STRATEGIES.items()}
+    found = load_plugin("strategy", name, table, "fedra.strategies")
+    if not (inspect.isclass(found) and issubclass(found, Strategy)):
+        raise InputError(f"strategy '{name}' is {found!r}, not a subclass of flwr.serverapp.strategy.Strategy.")
+    return found
+
+
+def options_of(cls: type[Strategy]) -> dict[str, object]:
+    """Return the options a user may set under `strategy-options.` and their defaults, with hyphens."""
+    found: dict[str, object] = {}
+    for base in reversed(cls.__mro__):
+        init = base.__dict__.get("__init__")
+        for parameter in inspect.signature(init).parameters.values() if init else ():
+            if parameter.name not in _OURS and parameter.kind in (
+                parameter.KEYWORD_ONLY,
+                parameter.POSITIONAL_OR_KEYWORD,
+            ):
+                found[parameter.name.replace("_", "-")] = parameter.default
+    found.pop("self", None)
+    return found
+
+
+def makes_partial_means(config: RunConfig) -> bool:
+    """Return whether cohorts may answer the configured strategy with one weighted mean."""
+    entry = STRATEGIES.get(config.strategy)
+    return entry.partial_means if entry else bool(getattr(strategy_class(config.strategy), "partial_means", False))
+
+
+def local_update(config: RunConfig) -> LocalUpdateFn:
+    """Return the client half of the configured strategy."""
+    return getattr(strategy_class(config.strategy), "local_update", local_sgd)

@@ -1,0 +1,132 @@
+"""What a task is. Any object with these attributes will do (structural typing, no base class)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.config import RunConfig
+from core.data import Federation
+from core.errors import InputError, unknown
+
+
+class Task(Protocol):
+    """Data, model, loss and metrics of a learning problem, made from a `RunConfig`. It loads data only when asked."""
+
+    labels: tuple[str, ...]
+    """Names of the classes; label k of the data is labels[k]."""
+    metrics: tuple[str, ...]
+    """Names in `core.metrics` that describe this task; the first two after loss stand in the progress display."""
+    standardise: Literal["federated", "local", "none"]
+    """Whose means and deviations scale the inputs: all clients' (from sums and counts), each client's own, or none."""
+    tuned_threshold: bool
+    """Whether a binary prediction turns positive where F1 is best on the clients' validation splits, not at 0.5."""
+
+    def federation(self) -> Federation:
+        """Return all clients' raw data and the central test set; raise `InputError` when it cannot be had."""
+        ...
+
+    def model(self) -> nn.Module:
+        """Return the model, freshly initialised from torch's global generator: logits (B,) or (B, classes)."""
+        ...
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return each example's loss, (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set before it is dealt to clients."""
+
+    x: np.ndarray
+    """(n, ...) float32 features or int64 tokens."""
+    y: np.ndarray
+    """(n,) int64 labels."""
+    natural: np.ndarray | None = None
+    """(n,) int64: the hospital, bank or author each row belongs to, where there is one."""
+    names: tuple[str, ...] = ()
+    """Names of the natural groups."""
+    central: np.ndarray | None = None
+    """(n,) bool: rows of the central test set where the data set fixes them (the last weeks, say)."""
+    feature: np.ndarray | None = None
+    """(n,) float64: what kind=feature sorts by; by default the first principal component of x."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One source of data for a task: its shape is known before anything is read."""
+
+    sentence: str
+    """What `fedra list` says of it."""
+    read: Callable[[RunConfig, Path | None], Table]
+    """(config, folder of the files or None) -> Table. `InputError` names the missing file, column or line."""
+    labels: tuple[str, ...]
+    features: int
+    """Width of x: features, or tokens in a text."""
+    reads_files: bool = False
+    """Whether `data-dir` means something to it."""
+
+
+def choose(datasets: Mapping[str, Dataset], config: RunConfig) -> tuple[str, Dataset]:
+    """Return the configured data set and its name; the first of the table is the offline default."""
+    name = config.dataset or next(iter(datasets))
+    if name not in datasets:
+        raise unknown(f"dataset of task {config.task}", name, datasets)
+    if config.data_dir and not datasets[name].reads_files:
+        with_files = [key for key, dataset in datasets.items() if dataset.reads_files]
+        raise InputError(
+            f"dataset={name} reads no files, so data-dir has no effect; choose dataset={'|'.join(with_files)}."
+        )
+    return name, datasets[name]
+
+
+def choose_model(models: Mapping[str, Callable[[], nn.Module]], config: RunConfig) -> nn.Module:
+    """Return the configured model, freshly initialised; the first of the table is the default."""
+    name = config.model or next(iter(models))
+    if name not in models:
+        raise unknown(f"model of task {config.task}", name, models)
+    return models[name]()
+
+
+def build_model(task: Task, seed: int) -> nn.Module:
+    """Return the task's model as `torch.manual_seed(seed)` initialises it, leaving the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.model()
+
+
+def classification_loss(logits: Tensor, y: Tensor, positive_weight: float = 1.0) -> Tensor:
+    """Return each example's cross-entropy, (B,): binary for logits (B,), with weighted positives; else for (B, K)."""
+    if logits.ndim == y.ndim:
+        return F.binary_cross_entropy_with_logits(
+            logits, y.to(logits.dtype), reduction="none", pos_weight=logits.new_tensor(positive_weight)
+        )
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def probabilities(logits: Tensor) -> np.ndarray:
+    """Return probabilities (n,) of the positive class for logits (n,), (n, classes) for logits (n, classes)."""
+    return (torch.sigmoid(logits) if logits.ndim == 1 else torch.softmax(logits, dim=1)).numpy()
+
+
+def predict(model: nn.Module, x: Tensor, chunk: int = 4096) -> np.ndarray:
+    """Return the model's probabilities for x (n, ...): (n,) for two classes, else (n, classes)."""
+    model.eval()
+    with torch.no_grad():
+        parts = [probabilities(model(x[start : start + chunk])) for start in range(0, max(len(x), 1), chunk)]
+    return np.concatenate(parts)
+
+
+def refuse_missing(frame_name: str, missing: list[str], found: list[str]) -> InputError:
+    """Return the error for columns that a file lacks."""
+    return InputError(
+        f"{frame_name} lacks column {', '.join(map(repr, missing))}; it has {', '.join(map(str, found))}."
+    )

@@ -1,0 +1,154 @@
+"""The command line: exit codes, one sentence for wrong input, and that nothing heavy is imported for --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+FEDRA = str(Path(sys.executable).parent / "fedra")
+
+
+def _fedra(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([FEDRA, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_leaves_the_contracted_folder(tmp_path: Path) -> None:
+    done = _fedra("run", "smoke", "rounds=2", "baselines=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-smoke-fedavg-s0")
+    assert str(folder / "report.html") in done.stdout
+    files = {file.name for file in folder.iterdir()}
+    assert {
+        "config.toml", "rounds.jsonl", "clients.parquet", "model.safetensors", "summary.json", "report.html", "checkpoint",
+    } <= files  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    expected = {
+        "task": "medical", "strategy": "fedavg", "seed": 0, "rounds": 2, "clients": 4, "status": "completed",
+        "secure_aggregation": None,
+    }  # fmt: skip
+    assert expected.items() <= summary.items()
+    assert {"accuracy", "auroc"} <= summary["metrics"].keys()
+    assert set(summary["clients_metrics"]["accuracy"]) == {"mean", "worst", "std"}
+    assert {"central", "local"} <= summary["baselines"].keys()
+    assert summary["privacy"] == {"level": "none", "epsilon": None, "delta": None, "accountant": None}
+    assert summary["traffic"]["uplink_bytes"] == 2 * 4 * _float32_bytes(folder)
+    assert summary["seconds"] > 0
+    assert summary["clients_per_second"] > 0
+
+
+def _float32_bytes(folder: Path) -> int:
+    """Return the bytes of one client's reply: Flower frames each array as .npy with a header of 128 bytes."""
+    return sum(array.nbytes + 128 for array in load_file(folder / "model.safetensors").values())
+
+
+def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
+    assert _fedra("run", "smoke", "rounds=1", cwd=tmp_path).returncode == 0
+    [first] = (tmp_path / "runs").iterdir()
+    assert _fedra("run", str(first / "config.toml"), cwd=tmp_path).returncode == 0
+    [second] = [folder for folder in (tmp_path / "runs").iterdir() if folder != first]
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "smok"], ["unknown preset 'smok'", "did you mean 'smoke'"]),
+        (["run", "none.toml"], ["none.toml", "No such file"]),
+        (["run", "smoke", "rondes=3"], ["unknown key 'rondes'", "rounds"]),
+        (["run", "smoke", "rounds"], ["'rounds' is not key=value"]),
+        (["run", "smoke", "rounds=-1"], ["rounds=-1"]),
+        (["run", "smoke", "strategy=fedporx"], ["unknown strategy 'fedporx'", "did you mean 'fedprox'"]),
+        (["run", "smoke", "strategy=os:path"], ["not a subclass"]),
+        (["run", "smoke", "strategy=nowhere:Thing"], ["cannot be loaded", "No module named 'nowhere'"]),
+        (["run", "smoke", "strategy-options.mu=1"], ["unknown fedavg option"]),
+        (["run", "smoke", "strategy=krum", "strategy-options.num-malicious-nodes=2"], ["needs 7 clients", "not 4"]),
+        (["run", "smoke", "partition.kind=natural"], ["natural groups", "iid"]),
+        (["run", "smoke", "partition.kind=dirichlet", "partition.alpha=0.001"], ["partition.alpha"]),
+        (["run", "smoke", "clients=100"], ["455 examples cannot give 100 clients"]),
+        (["run", "smoke", "optimizer=lion"], ["unknown optimizer 'lion'"]),
+        (["run", "smoke", "model=resnet"], ["unknown model of task medical"]),
+        (["run", "smoke", "task=vision"], ["unknown task 'vision'"]),
+        (["run", "smoke", "early-stopping.metric=auc"], ["early-stopping.metric 'auc'", "did you mean 'auroc'"]),
+        (["run", "smoke", "data-dir=/tmp"], ["data-dir has no effect"]),
+        (["run", "heart", "data-dir=/nowhere"], ["processed.cleveland.data", "data-dir=/nowhere"]),
+        (["run"], ["name a preset"]),
+        (["run", "smoke", "--resume", "x"], ["--resume continues a run"]),
+        (["run", "--resume", "x"], ["not a run folder"]),
+        (["report", "x"], ["x is not a folder"]),
+        (["compare", "smoke", "seeds=0"], ["seeds=0"]),
+        (["compare", "smoke", "strategy=fedavg,nope"], ["unknown strategy 'nope'"]),
+        (["fly"], ["No such command 'fly'"]),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from simulations import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedra", *arguments])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_imports_neither_torch_nor_ray_nor_flower() -> None:
+    code = (
+        "import sys, simulations.cli as cli\n"
+        "sys.argv = ['fedra', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'flwr', 'pandas', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_list_names_everything(tmp_path: Path) -> None:
+    listed = _fedra("list", cwd=tmp_path).stdout
+    for name in ("medical", "fraud", "nlp", "heart", "smoke", "fedprox", "bulyan", "dirichlet", "partition.alpha"):
+        assert name in listed
+
+
+def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> None:
+    failed = _fedra("run", "smoke", "learning-rate=1e30", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "not finite" in failed.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "not finite" in summary["error"]
+    assert (folder / "report.html").exists()
+
+
+def test_compare_makes_one_table_and_one_page(tmp_path: Path) -> None:
+    done = _fedra("compare", "smoke", "strategy=fedavg,fedprox", "seeds=2", "rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fedavg" in done.stdout
+    assert "±" in done.stdout
+    [folder] = (tmp_path / "runs").iterdir()
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert len([run for run in folder.iterdir() if run.is_dir()]) == 4
+
+
+def test_report_rebuilds_the_page(tmp_path: Path) -> None:
+    assert _fedra("run", "smoke", "rounds=1", cwd=tmp_path).returncode == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    (folder / "report.html").unlink()
+    assert _fedra("report", str(folder), cwd=tmp_path).returncode == 0
+    assert (folder / "report.html").exists()

@@ -1,0 +1,130 @@
+"""RayGrid and its pools: the same bits for any number of workers, partial means, failures that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from safetensors.numpy import load_file
+
+from core.config import RunConfig
+from simulations.grid import RayGrid
+from simulations.pool import LocalPool, RayPool
+from simulations.run import preset, simulate
+from simulations.worker import Worker, node_of
+
+
+def _local(app: str, clients: int, cohort_size: int = 2) -> RayGrid:
+    return RayGrid(LocalPool(lambda: Worker(f"foreign_apps:{app}", {}, clients, None)), clients, cohort_size)
+
+
+def _train_messages(grid: Grid, nodes: list[int] | None = None) -> list[Message]:
+    content = RecordDict({"arrays": ArrayRecord([np.zeros(3)]), "config": ConfigRecord({"server-round": 1})})
+    return [Message(content, node, "train") for node in (nodes or grid.get_node_ids())]
+
+
+def test_the_same_bits_with_0_1_2_and_4_workers(ray_session: None, tmp_path: Path) -> None:
+    changes = {"baselines": False, "rounds": 2, "sampled": 7, "engine.cohort-size": 3, "out": str(tmp_path)}
+    models = [
+        load_file(simulate(preset("medical", {**changes, "engine.workers": workers})).path / "model.safetensors")
+        for workers in (0, 1, 2, 4)
+    ]
+    for other in models[1:]:
+        assert all(np.array_equal(models[0][name], other[name]) for name in models[0])
+
+
+def test_a_run_with_partial_means_equals_one_with_every_update(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = load_file(simulate(smoke()).path / "model.safetensors")
+    monkeypatch.setattr("server.app.makes_partial_means", lambda config: False)
+    every = load_file(simulate(smoke()).path / "model.safetensors")
+    for name in partial:
+        np.testing.assert_allclose(partial[name], every[name], atol=1e-6)
+
+
+def test_cohorts_change_nothing_but_the_last_digits(smoke: Callable[..., RunConfig]) -> None:
+    one = load_file(simulate(smoke(engine__cohort_size=1)).path / "model.safetensors")
+    four = load_file(simulate(smoke(engine__cohort_size=4)).path / "model.safetensors")
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], atol=1e-5)
+
+
+def test_any_client_app_runs_and_keeps_its_state() -> None:
+    grid = _local("counting", clients=3)
+    for times in (1, 2):
+        replies = list(grid.send_and_receive(_train_messages(grid)))
+        assert [reply.content["arrays"]["w"].numpy().item() for reply in replies] == [times] * 3
+    assert len(grid.client_states) == 3
+
+
+def test_push_and_pull_return_each_reply_once() -> None:
+    grid = _local("counting", clients=5)
+    ids = list(grid.push_messages(_train_messages(grid)))
+    assert len(set(ids)) == 5
+    pulled = []
+    for _ in range(10):
+        pulled += list(grid.pull_messages(ids))
+    assert sorted(reply.metadata.src_node_id for reply in pulled) == [node_of(i) for i in range(5)]
+    assert {reply.metadata.reply_to_message_id for reply in pulled} == set(ids)
+
+
+def test_a_client_that_raises_is_an_error_reply_and_the_others_answer() -> None:
+    grid = _local("raising", clients=4)
+    replies = list(grid.send_and_receive(_train_messages(grid)))
+    errors = [reply for reply in replies if reply.has_error()]
+    assert len(replies) == 4
+    assert [reply.metadata.src_node_id for reply in errors] == [node_of(1)]
+    assert "the disk of partition 1 is gone" in str(errors[0].error.reason)
+
+
+def test_replies_later_than_the_timeout_are_left_out() -> None:
+    grid = _local("counting", clients=4)
+    assert list(grid.send_and_receive(_train_messages(grid), timeout=0)) == []
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_that_dies_is_replaced_and_its_cohort_runs_again(
+    always: bool, ray_session: None, tmp_path: Path
+) -> None:
+    marker = tmp_path / "died"
+    pool = RayPool(1, "", ("foreign_apps:deadly", {"marker": str(marker), "always": always}, 6, None))
+    try:
+        grid = RayGrid(pool, 6, cohort_size=2)
+        replies = list(grid.send_and_receive(_train_messages(grid)))
+    finally:
+        pool.close()
+    failed = [reply.metadata.src_node_id for reply in replies if reply.has_error()]
+    # Partitions 2 and 3 share the cohort that kills its worker.
+    assert failed == ([node_of(2), node_of(3)] if always else [])
+    assert [reply.metadata.src_node_id for reply in replies] == [node_of(i) for i in range(6)]
+    assert marker.exists()
+
+
+def test_a_client_without_usable_data_fails_alone(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import client.app
+
+    real = client.app._inputs
+
+    def broken(setting, split, clients, config):  # type: ignore[no-untyped-def]
+        if split == "train" and 2 in clients:
+            raise OSError("scanner offline")
+        return real(setting, split, clients, config)
+
+    monkeypatch.setattr(client.app, "_inputs", broken)
+    rows: list[dict] = []
+    run = simulate(smoke(), on_round=rows.append)
+    assert run.summary["status"] == "completed"
+    assert [(row["sampled"], row["failed"]) for row in rows] == [(4, 1)] * 3
+    assert "client 2: OSError: scanner offline" in rows[0]["failures"][0]
+
+
+def test_a_model_that_diverges_is_refused_and_never_averaged(smoke: Callable[..., RunConfig]) -> None:
+    with pytest.raises(RuntimeError, match="not finite"):
+        simulate(smoke(learning_rate=1e30))

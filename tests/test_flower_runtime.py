@@ -1,0 +1,93 @@
+"""Flower's own runtime runs the same apps: `flwr run .` equals the local engine to printed precision."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simulations.run import preset, simulate
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Provide an environment with a Flower home of its own, and end the SuperLink that `flwr run` leaves behind."""
+    home = tmp_path / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "local"\n\n[superlink.local]\noptions.num-supernodes = 10\n'
+        "options.backend.client-resources.num-cpus = 1\noptions.backend.init-args.num-cpus = 2\n"
+    )
+    yield {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    for pid in _processes_naming(str(home)):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while _processes_naming(str(home)):
+        assert time.monotonic() < deadline, "the SuperLink did not end"
+        time.sleep(0.2)
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in command and "flower-superlink" in command:
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flwr_run_completes_and_round_one_equals_the_local_engine(flower_home: dict[str, str], tmp_path: Path) -> None:
+    settings = {"rounds": 2, "baselines": False, "out": str(tmp_path / "runs")}
+    settings_file = tmp_path / "settings.toml"
+    settings_file.write_text(preset("medical", settings).with_(preset="flower").toml())
+    subprocess.run(
+        ["flwr", "run", str(ROOT), "local", "--run-config", str(settings_file), "--stream"],
+        env=flower_home, check=True, timeout=300, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    [folder] = (tmp_path / "runs").glob("*-flower-*")
+    # `flwr run` exits 0 even when the run died: what the server wrote is what counts.
+    assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
+    flower = [json.loads(line) for line in (folder / "rounds.jsonl").open()]
+    local_run = simulate(preset("medical", {**settings, "engine.workers": 0})).path
+    local = [json.loads(line) for line in (local_run / "rounds.jsonl").open()]
+    for ours, theirs in zip(local, flower, strict=True):
+        assert f"{ours['train_loss']:.4f}" == f"{theirs['train_loss']:.4f}"
+        for kind in ("central", "validation"):
+            assert _printed(ours[kind]) == _printed(theirs[kind])
+        assert ours["uplink_bytes"] == theirs["uplink_bytes"]
+
+
+def _printed(metrics: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4f}" for name, value in metrics.items()}

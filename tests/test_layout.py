@@ -1,0 +1,31 @@
+"""The layout: every package is the repository's own, and Flower's bundle will hold it."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_resolves_inside_the_repository(package: str) -> None:
+    found = importlib.import_module(package).__file__
+    assert found is not None
+    assert ROOT in Path(found).parents
+
+
+def test_the_layers_name_every_package() -> None:
+    importlinter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    named = {name.strip() for line in importlinter["contracts"][0]["layers"] for name in line.split("|")}
+    assert named == set(PACKAGES) == set(importlinter["root_packages"])
+
+
+def test_no_file_is_over_a_megabyte_or_written_as_one_long_subject() -> None:
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 320, f"{file} is long: has it one subject?"

@@ -1,0 +1,149 @@
+"""Interrupted, killed and resumed runs end with the same bits as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from core.config import RunConfig
+from core.errors import InputError
+from server.recorder import RunFolder
+from simulations.run import preset, simulate
+
+METRICS = ("round", "train_loss", "central", "clients", "validation", "uplink_bytes", "downlink_bytes")
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stopped_after(config: RunConfig, rounds: int) -> Path:
+    """Run until the end of a round and break off there; return the folder."""
+
+    def stop(row: dict) -> None:
+        if row["round"] == rounds:
+            raise _StopError
+
+    folders: list[Path] = []
+    with pytest.raises(_StopError):
+        simulate(config, on_start=lambda path, *_: folders.append(path), on_round=stop)
+    return folders[0]
+
+
+def _assert_same(a: Path, b: Path) -> None:
+    models = [load_file(path / "model.safetensors") for path in (a, b)]
+    assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0])
+    rounds = [[json.loads(line) for line in (path / "rounds.jsonl").open()] for path in (a, b)]
+    assert [[row[key] for key in METRICS] for row in rounds[0]] == [[row[key] for key in METRICS] for row in rounds[1]]
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "qfedavg", "fedmedian"])
+def test_a_resumed_run_ends_with_the_same_bits(strategy: str, smoke: Callable[..., RunConfig]) -> None:
+    changes = {"strategy": strategy, "rounds": 4, "sampled": 3, "keep": "best"}
+    if strategy == "fedavgm":
+        changes["strategy_options__server_momentum"] = 0.9
+    whole = simulate(smoke(**changes)).path
+    folder = _stopped_after(smoke(**changes), 2)
+    resumed = simulate(RunFolder.resumable(folder).config, resume=folder)
+    assert resumed.path == folder
+    _assert_same(whole, folder)
+    assert len(load_clients(folder)) == 4 * 3
+
+
+def load_clients(folder: Path):  # type: ignore[no-untyped-def]
+    """Return clients.parquet."""
+    import pandas as pd
+
+    return pd.read_parquet(folder / "clients.parquet")
+
+
+def test_client_state_is_resumed_too(heart_files: str, tmp_path: Path) -> None:
+    changes = {
+        "data-dir": heart_files, "rounds": 4, "local-steps": 7, "baselines": False, "engine.workers": 0,
+        "engine.cohort-size": 4, "out": str(tmp_path),
+    }  # fmt: skip
+    whole = simulate(preset("heart", changes)).path
+    folder = _stopped_after(preset("heart", changes), 1)
+    simulate(RunFolder.resumable(folder).config, resume=folder)
+    _assert_same(whole, folder)
+
+
+def test_half_a_line_left_by_a_kill_is_dropped(smoke: Callable[..., RunConfig]) -> None:
+    folder = _stopped_after(smoke(), 2)
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "secon')
+    simulate(RunFolder.resumable(folder).config, resume=folder)
+    assert [json.loads(line)["round"] for line in (folder / "rounds.jsonl").open()] == [1, 2, 3]
+
+
+def test_a_completed_run_and_a_folder_that_is_none_are_refused(smoke: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is completed"):
+        RunFolder.resumable(simulate(smoke(rounds=1)).path)
+    with pytest.raises(InputError, match="not a run folder"):
+        RunFolder.resumable(tmp_path)
+
+
+def _fedra(*arguments: str) -> subprocess.Popen[str]:
+    fedra = shutil.which("fedra", path=str(Path(sys.executable).parent))
+    assert fedra
+    return subprocess.Popen([fedra, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _wait_for_round(folder: Path, rounds: int, process: subprocess.Popen[str]) -> Path:
+    for _ in range(600):
+        for file in folder.glob("*/rounds.jsonl"):
+            if len(file.read_text().splitlines()) >= rounds:
+                return file.parent
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("no round was finished in a minute")
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_valid_folder_and_no_process(tmp_path: Path) -> None:
+    process = _fedra("run", "smoke", "rounds=100000", "engine.workers=1", "--out", str(tmp_path))
+    folder = _wait_for_round(tmp_path, 2, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"fedra run --resume {folder}" in output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["rounds"] == len((folder / "rounds.jsonl").read_text().splitlines())
+    assert (folder / "report.html").stat().st_size > 1000
+    assert load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = ["rounds=40", "strategy=fedadam", "sampled=3", "local-epochs=4"]
+    whole = _fedra("run", "smoke", *settings, "--out", str(tmp_path / "whole"))
+    assert whole.wait(120) == 0
+    process = _fedra("run", "smoke", *settings, "--out", str(tmp_path / "killed"))
+    folder = _wait_for_round(tmp_path / "killed", 1, process)
+    moments, kills = random.Random(0), 0
+    while process.poll() is None:
+        time.sleep(moments.uniform(0.05, 0.6))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+            process.wait()
+            done = len((folder / "rounds.jsonl").read_text().splitlines())
+            process = _fedra("run", "--resume", str(folder))
+            # Let it come further than it was, or it would be killed at start-up for ever.
+            _wait_for_round(tmp_path / "killed", min(done + 1, 40), process)
+    assert process.returncode == 0, process.communicate()[0]
+    assert kills >= 2
+    _assert_same(next((tmp_path / "whole").iterdir()), folder)

@@ -1,0 +1,184 @@
+"""The cohort kernel equals a plain per-client torch loop, which is written out here without any of its code."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.config import RunConfig
+from core.training import (
+    LocalRound,
+    can_vectorise,
+    global_loss,
+    learning_rate,
+    local_sgd,
+    make_optimizer,
+    plan,
+    squared_distance,
+    stream,
+)
+from tasks.base import classification_loss
+from tasks.text_models import TextTransformer
+
+SIZES = [7, 12, 5]  # ragged: 2, 3 and 2 batches of 5 an epoch
+BATCH = 5
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )
+
+
+def _transformer() -> nn.Module:
+    return TextTransformer(buckets=50, classes=3, length=8, dropout=0.0)
+
+
+def _batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+def _inputs(model: str, n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = {
+        "cnn": lambda: torch.randn(n, 1, 6, 6, generator=generator),
+        "transformer": lambda: torch.randint(0, 50, (n, 8), generator=generator),
+    }.get(model, lambda: torch.randn(n, 6, generator=generator))()
+    return x, torch.randint(0, 3 if model in ("cnn", "transformer") else 2, (n,), generator=generator)
+
+
+MODELS = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer, "batch_norm": _batch_norm}
+
+
+def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object) -> LocalRound:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    x, y = _inputs(name, sum(SIZES))
+    rng = np.random.default_rng(0)
+    batches = plan(SIZES, BATCH, [[rng.permutation(n) for _ in range(epochs)] for n in SIZES])
+    from core.records import travelling
+
+    weights = {key: tensor.clone() for key, tensor in travelling(model).items()}
+    made = make_optimizer(optimizer, 0.1 if optimizer == "sgd" else 0.01, momentum=0.9, weight_decay=0.01)
+    return replace(LocalRound(model, classification_loss, weights, x, y, batches, made), **changes)  # type: ignore[arg-type]
+
+
+def _plain(r: LocalRound, mu: float = 0.0) -> list[nn.Module]:
+    """Train each client by the book: its own model, its own optimiser, loss.backward(), step()."""
+    trained = []
+    for client in range(len(SIZES)):
+        model = copy.deepcopy(r.model).train()
+        optimizer = r.optimizer(list(model.parameters()))
+        for s in range(int(r.batches.steps[client])):
+            rows = r.batches.rows[s, client][r.batches.weights[s, client] > 0]
+            loss = r.loss(model(r.x[rows]), r.y[rows]).mean()
+            for name, p in model.named_parameters():
+                loss = loss + mu / 2 * ((p - r.global_params[name]) ** 2).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            if r.gradient_clip:
+                nn.utils.clip_grad_norm_(model.parameters(), r.gradient_clip)
+            optimizer.step()
+        trained.append(model)
+    return trained
+
+
+def _assert_equal(r: LocalRound, mu: float = 0.0) -> None:
+    update = local_sgd(r, penalty=(lambda w: mu / 2 * squared_distance(w, r.global_params)) if mu else None)
+    for client, model in enumerate(_plain(r, mu)):
+        for name, p in model.named_parameters():
+            moved = (p - r.global_params[name]).abs().max()
+            assert moved > 1e-4, "the plain loop did not train"
+            torch.testing.assert_close(update.params[name][client], p.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_round_equals_the_plain_loop(model: str, optimizer: str, vectorised: bool) -> None:
+    _assert_equal(_round(model, optimizer, vectorised=vectorised))
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_clipping_and_penalty_equal_the_plain_loop(vectorised: bool) -> None:
+    _assert_equal(_round("mlp", gradient_clip=0.05, vectorised=vectorised))
+    _assert_equal(_round("mlp", vectorised=vectorised), mu=0.5)
+
+
+def test_batch_norm_takes_the_loop_and_its_statistics_travel() -> None:
+    r = _round("batch_norm", vectorised=False)
+    assert not can_vectorise(r.model)
+    assert can_vectorise(_mlp())
+    update = local_sgd(r)
+    for client, model in enumerate(_plain(r)):
+        torch.testing.assert_close(update.params["1.running_mean"][client], model.get_buffer("1.running_mean"))
+    assert "1.num_batches_tracked" not in update.params
+
+
+def test_a_client_that_finished_is_untouched_by_the_others_steps() -> None:
+    r = _round("mlp", epochs=3)
+    assert r.batches.steps.tolist() == [6, 9, 3]
+    together = local_sgd(r)
+    alone = local_sgd(replace(r, vectorised=False))
+    for name in together.params:
+        torch.testing.assert_close(together.params[name], alone.params[name], atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.loss, alone.loss, atol=1e-5, rtol=0)
+
+
+def test_plan_keeps_the_last_short_batch_and_pads_with_weight_zero() -> None:
+    batches = plan([3, 5], 2, [[np.array([2, 0, 1])], [np.array([4, 3, 2, 1, 0])]])
+    assert batches.steps.tolist() == [2, 3]
+    assert batches.weights[:, 0].tolist() == [[1, 1], [1, 0], [0, 0]]
+    # The second client's rows come after the first's three.
+    assert batches.rows[:, 1].tolist() == [[7, 6], [5, 4], [3, 3]]
+
+
+def test_stream_carries_the_shuffle_on_across_rounds() -> None:
+    shuffles = [lambda epoch: np.array([[0, 1, 2], [2, 1, 0], [1, 0, 2]][epoch])]
+    rows = []
+    for start in (0, 3):
+        batches = stream([3], 2, [start], 3, shuffles)
+        rows += [batches.rows[s, 0][batches.weights[s, 0] > 0].tolist() for s in range(3)]
+    assert rows == [[0, 1], [2], [2, 1], [0], [1, 0], [2]]
+
+
+def test_global_loss_is_the_untrained_models_mean_over_each_clients_examples() -> None:
+    r = _round("mlp", epochs=1)
+    ends = np.cumsum(SIZES)
+    losses = classification_loss(r.model(r.x), r.y).detach()
+    wanted = [float(losses[end - n : end].mean()) for end, n in zip(ends, SIZES, strict=True)]
+    assert global_loss(r).tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_positive_weight_scales_the_loss_of_positives_only() -> None:
+    losses = classification_loss(torch.zeros(2), torch.tensor([0, 1]), positive_weight=3.0)
+    assert losses.tolist() == pytest.approx([0.6931472, 3 * 0.6931472])
+
+
+def test_learning_rate_schedules() -> None:
+    config = RunConfig.of({"learning-rate": 1.0, "rounds": 4, "learning-rate-schedule": "cosine"})
+    assert [learning_rate(config, r) for r in (1, 3)] == pytest.approx([1.0, 0.5])
+    config = RunConfig.of({"learning-rate": 1.0, "learning-rate-schedule": "exponential", "learning-rate-decay": 0.5})
+    assert [learning_rate(config, r) for r in (1, 2, 3)] == [1.0, 0.5, 0.25]
+
+
+def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    r = replace(_round("mlp"), model=nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Flatten(0)))
+    from core.records import travelling
+
+    r = replace(r, global_params={k: v.clone() for k, v in travelling(r.model).items()}, seed=3)
+    before = torch.get_rng_state()
+    first, again, other = local_sgd(r), local_sgd(r), local_sgd(replace(r, seed=4))
+    assert torch.equal(first.params["0.weight"], again.params["0.weight"])
+    assert not torch.equal(first.params["0.weight"], other.params["0.weight"])
+    assert torch.equal(before, torch.get_rng_state())
