@@ -178,6 +178,8 @@ class _Session:
             "heterogeneity.json",
             {"labels": self.task.labels, "names": about.names, "label_counts": about.label_counts, "sizes": splits},
         )
+        if about.constants:
+            self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about)
         return about

@@ -117,6 +117,8 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> None:
     """Run the command line; exit code 0 done, 2 wrong input (one sentence), 1 failed, 130 interrupted."""
+    # As with `python -m`: a strategy named module:attr may lie in the folder one stands in.
+    sys.path.insert(0, os.getcwd())
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)

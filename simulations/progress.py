@@ -25,7 +25,7 @@ class Progress:
         self.config, self.console = config, console
         self.metrics = load(config).metrics[:3]
         self.folder: Path | None = None
-        self.began = time.perf_counter()
+        self._first: tuple[int, float] | None = None
         self._values: dict[str, float] = {}
         self._bar = Bar(
             SpinnerColumn(),
@@ -74,11 +74,19 @@ class Progress:
         line = "  ".join([*numbers, f"{row['clients_per_second']:.0f} clients/s"])
         self._bar.update(self._task, completed=row["round"], numbers=line)
         if not self.console.is_terminal:
-            left = (time.perf_counter() - self.began) / row["round"] * (self.config.rounds - row["round"])
-            self.print(f"round {row['round']}/{self.config.rounds}  {line}  left {left:.0f} s")
+            self.print(f"round {row['round']}/{self.config.rounds}  {line}  {self._left(row['round'])}")
         if row["failed"]:
             reason = row["failures"][0]["reason"]
             self.print(f"round {row['round']}: {row['failed']} of {row['sampled']} clients failed: {reason}")
+
+    def _left(self, done: int) -> str:
+        """Return the time left from the rounds after the first, which also starts the workers."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (done, now)
+            return ""
+        rounds, since = self._first
+        return f"left {(now - since) / (done - rounds) * (self.config.rounds - done):.0f} s"
 
     def summarise(self, run: Run) -> None:
         """Show the final metrics beside the baselines, and where the report is."""

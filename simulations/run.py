@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
 from core.config import RunConfig, dotted, read_toml
 from core.data import Federation
 from core.errors import InputError, unknown
+from core.records import load_into
 from server.app import train
 from server.build import check
 from server.recorder import RunFolder
@@ -22,6 +29,8 @@ from simulations.cohort_size import measure
 from simulations.grid import RayGrid
 from simulations.pool import LocalPool, Pool, RayPool
 from simulations.worker import Worker
+from tasks import load, standardise
+from tasks.base import build_model, predict
 
 PRESETS = Path(__file__).parent / "presets"
 CLIENT_APP = "client.app:app"
@@ -39,6 +48,27 @@ class Run:
         """Return the global model's metrics on the central test set."""
         metrics: dict[str, float] = self.summary["metrics"]
         return metrics
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """Return the run in a folder."""
+        path = Path(path)
+        if not (path / "summary.json").is_file():
+            raise InputError(f"{path} is not a finished run: it has no summary.json.")
+        return cls(path, json.loads((path / "summary.json").read_text(encoding="utf-8")))
+
+    def model(self) -> nn.Module:
+        """Return the global model that the run kept, in evaluation mode; it takes standardised inputs."""
+        config = RunFolder.open(self.path).config
+        weights = load_file(self.path / "model.safetensors")
+        return load_into(build_model(load(config), config.seed), weights).eval()
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Return probabilities for raw inputs x (n, ...) as the task's data has them: (n,) or (n, classes)."""
+        constants = self.path / "constants.json"
+        if constants.is_file():
+            x = standardise.apply(x, json.loads(constants.read_text(encoding="utf-8")))
+        return predict(self.model(), torch.from_numpy(x))
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any) -> RunConfig:
@@ -79,14 +109,15 @@ def simulate(
     quiet()
     federation = check(config)
     if resume is None:
-        config = measure(config, federation)
+        with one_thread():
+            config = measure(config, federation)
         folder = RunFolder.create(config)
     else:
         folder = RunFolder(resume.absolute(), config)
     if on_start is not None:
         on_start(folder.path, config, folder.rounds_done())
     baselines = partial(train_baselines, config, federation) if config.baselines else None
-    with engine(config, federation) as grid:
+    with one_thread(), engine(config, federation) as grid:
         return Run(folder.path, train(grid, config, folder, baselines=baselines, on_round=on_round))
 
 
@@ -103,6 +134,20 @@ def engine(config: RunConfig, federation: Federation) -> Iterator[RayGrid]:
         yield RayGrid(pool, config.clients, config.engine.cohort_size, federation.train.sizes)
     finally:
         pool.close()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread in this process: sums must not depend on how many cores there are.
+
+    Small models are also faster so; parallelism is over cohorts.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def worker_count(config: RunConfig) -> int:

@@ -138,7 +138,7 @@ def generate(config: RunConfig) -> Table:
 
 
 def simulate_banks(banks: int, seed: int) -> tuple[Cards, Transactions]:
-    """Return cards, and transactions sorted by card and time: about 59,000, or 110 a bank where that is more."""
+    """Return cards, and transactions sorted by card and time: about 59,000, or 115 a bank where that is more."""
     cards = _cards(banks, rng(seed, "fraud", "cards"))
     g = rng(seed, "fraud", "merchants")
     log_price = LOG_PRICES[:, None] + g.normal(0, 0.3, (len(CATEGORIES), MERCHANTS))

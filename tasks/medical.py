@@ -43,7 +43,7 @@ _COLUMNS = 14
 class Medical:
     """Binary diagnosis from tabular features; logits (B,)."""
 
-    metrics = ("loss", "accuracy", "auroc", "f1", "ece")
+    metrics: tuple[str, ...] = ("loss", "accuracy", "auroc", "f1", "ece")
     tuned_threshold = False
 
     def __init__(self, config: RunConfig) -> None:

@@ -25,7 +25,8 @@ def test_a_run_leaves_the_contracted_folder(tmp_path: Path) -> None:
     assert str(folder / "report.html") in done.stdout
     files = {file.name for file in folder.iterdir()}
     assert {
-        "config.toml", "rounds.jsonl", "clients.parquet", "model.safetensors", "summary.json", "report.html", "checkpoint",
+        "config.toml", "rounds.jsonl", "clients.parquet", "model.safetensors", "summary.json", "report.html",
+        "heterogeneity.json", "checkpoint",
     } <= files  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     expected = {

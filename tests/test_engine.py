@@ -122,7 +122,7 @@ def test_a_client_without_usable_data_fails_alone(
     run = simulate(smoke(), on_round=rows.append)
     assert run.summary["status"] == "completed"
     assert [(row["sampled"], row["failed"]) for row in rows] == [(4, 1)] * 3
-    assert "client 2: OSError: scanner offline" in rows[0]["failures"][0]
+    assert rows[0]["failures"] == [{"client": 2, "reason": "client 2: OSError: scanner offline"}]
 
 
 def test_a_model_that_diverges_is_refused_and_never_averaged(smoke: Callable[..., RunConfig]) -> None:

@@ -59,7 +59,7 @@ def test_a_resumed_run_ends_with_the_same_bits(strategy: str, smoke: Callable[..
     resumed = simulate(RunFolder.resumable(folder).config, resume=folder)
     assert resumed.path == folder
     _assert_same(whole, folder)
-    assert len(load_clients(folder)) == 4 * 3
+    assert load_clients(folder)["train_loss"].notna().sum() == 4 * 3
 
 
 def load_clients(folder: Path):  # type: ignore[no-untyped-def]

@@ -1,0 +1,111 @@
+"""simulate(config) -> Run, as a program uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.config import RunConfig
+from core.errors import InputError
+from core.metrics import score
+from server.build import check
+from simulations.run import Run, preset, simulate
+from strategies import STRATEGIES
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_strategy_learns(strategy: str, smoke: Callable[..., RunConfig]) -> None:
+    adaptive = strategy in ("fedadam", "fedyogi", "fedadagrad")
+    assert simulate(smoke(strategy=strategy, rounds=10 if adaptive else 5)).metrics["auroc"] > 0.95
+
+
+def test_a_saved_run_predicts_raw_inputs_as_well_as_its_summary_says(smoke: Callable[..., RunConfig]) -> None:
+    config = smoke()
+    run = Run.open(simulate(config).path)
+    central = check(config).central
+    assert score(run.predict(central.x), central.y, ("auroc", "loss")) == pytest.approx(
+        {name: run.metrics[name] for name in ("auroc", "loss")}
+    )
+
+
+def test_equal_runs_are_equal_and_other_seeds_are_not(smoke: Callable[..., RunConfig]) -> None:
+    first, again, other = (simulate(smoke(rounds=1, seed=seed)).model().state_dict() for seed in (0, 0, 1))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["0.weight"], other["0.weight"])
+
+
+def test_fedprox_with_a_strong_penalty_hardly_moves(smoke: Callable[..., RunConfig]) -> None:
+    """The proximal term pulls each client back: with lr 0.01 and mu 90 a step multiplies the distance by 0.1."""
+
+    def moved(**changes: object) -> float:
+        model = simulate(smoke(rounds=1, learning_rate=0.01, **changes)).model()
+        start = build(smoke())
+        return sum(float((p - start[n]).detach().pow(2).sum()) for n, p in model.named_parameters()) ** 0.5
+
+    def build(config: RunConfig) -> dict:
+        from tasks import load
+        from tasks.base import build_model
+
+        return dict(build_model(load(config), config.seed).named_parameters())
+
+    plain = moved()
+    assert moved(strategy="fedprox", strategy_options__proximal_mu=0.0) == pytest.approx(plain)
+    assert moved(strategy="fedprox", strategy_options__proximal_mu=90.0) < 0.25 * plain
+
+
+def test_fedadam_takes_the_published_step_without_bias_correction(smoke: Callable[..., RunConfig]) -> None:
+    """After one round m / sqrt(v) = (1 - b1) d / (sqrt(1 - b2) |d|): a weight moves by eta (1 - b1) / sqrt(1 - b2)."""
+    options = {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-12}
+    changes = {f"strategy_options__{key}": value for key, value in options.items()}
+    run = simulate(smoke(rounds=1, strategy="fedadam", **changes))
+    from tasks import load
+    from tasks.base import build_model
+
+    config = smoke()
+    start = dict(build_model(load(config), config.seed).named_parameters())
+    steps = np.concatenate([(p - start[n]).abs().detach().numpy().ravel() for n, p in run.model().named_parameters()])
+    assert np.median(steps) == pytest.approx(0.01 * 0.1 / 0.1, rel=1e-3)
+
+
+def test_early_stopping_ends_the_run_and_says_why(smoke: Callable[..., RunConfig]) -> None:
+    run = simulate(smoke(rounds=50, learning_rate=1e-9, early_stopping__metric="loss", early_stopping__patience=2))
+    assert run.summary["rounds"] < 10
+    assert "no better loss" in run.summary["stopped_by"]
+    assert run.summary["status"] == "completed"
+
+
+def test_keep_best_saves_the_model_of_the_best_validation_loss(smoke: Callable[..., RunConfig]) -> None:
+    rows: list[dict] = []
+    run = simulate(smoke(rounds=6, learning_rate=3.0, keep="best"), on_round=rows.append)
+    best = min(rows, key=lambda row: row["validation"]["loss"])
+    assert run.summary["best"]["round"] == best["round"]
+    assert run.metrics == best["central"]
+
+
+def test_evaluate_every_skips_rounds_but_never_the_last(smoke: Callable[..., RunConfig]) -> None:
+    rows: list[dict] = []
+    simulate(smoke(rounds=5, evaluate_every=2), on_round=rows.append)
+    assert ["central" in row for row in rows] == [False, True, False, True, True]
+
+
+def test_sampling_takes_that_many_clients_and_changes_from_round_to_round(smoke: Callable[..., RunConfig]) -> None:
+    import pandas as pd
+
+    run = simulate(smoke(clients=12, sampled=3, rounds=4))
+    rows = pd.read_parquet(run.path / "clients.parquet").dropna(subset=["train_loss"])
+    sampled = rows.groupby("round")["client"].apply(set)
+    assert [len(clients) for clients in sampled] == [3] * 4
+    assert len(set().union(*sampled)) > 3
+
+
+def test_an_unmeasured_cohort_size_is_measured_and_recorded(smoke: Callable[..., RunConfig]) -> None:
+    run = simulate(smoke(engine__cohort_size="auto", rounds=1))
+    assert isinstance(preset(str(run.path / "config.toml")).engine.cohort_size, int)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a finished run"):
+        Run.open(tmp_path)
