@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -19,18 +20,18 @@ CANDIDATES = (8, 32, 128)
 BUDGET_SECONDS = 1.5
 
 
-def measure(config: RunConfig, federation: Federation) -> RunConfig:
+def measure(config: RunConfig, federation: Federation, workers: int) -> RunConfig:
     """Return the config with `engine.cohort-size` decided: the fastest of one by one, 8, 32 and 128 together.
 
-    Equal bits need an equal cohort size, so the choice stands in the run's config.toml like any other setting.
+    No cohort is so large that one of the workers would have none. Equal bits need an equal cohort size, so the choice stands in the run's config.toml like any other setting.
     """
     if config.engine.cohort_size != "auto":
         return config
     model = build_model(load(config), config.seed)
-    sampled = config.count(config.sampled)
-    if sampled == 1 or not can_vectorise(model):
+    largest = math.ceil(config.count(config.sampled) / max(workers, 1))
+    if largest == 1 or not can_vectorise(model):
         return config.with_(engine__cohort_size=1)
-    sizes = [1, *(size for size in CANDIDATES if size < sampled), min(sampled, CANDIDATES[-1])]
+    sizes = [1, *(size for size in CANDIDATES if size < largest), min(largest, CANDIDATES[-1])]
     began, best, seconds = time.perf_counter(), 1, float("inf")
     for size in dict.fromkeys(sizes):
         taken = _seconds_per_client(config, federation, model, size)

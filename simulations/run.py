@@ -110,7 +110,7 @@ def simulate(
     federation = check(config)
     if resume is None:
         with one_thread():
-            config = measure(config, federation)
+            config = measure(config, federation, worker_count(config))
         folder = RunFolder.create(config)
     else:
         folder = RunFolder(resume.absolute(), config)
