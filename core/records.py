@@ -52,7 +52,7 @@ def travelling(model: nn.Module) -> Tensors:
 
 def to_arrays(tensors: Mapping[str, Tensor | np.ndarray]) -> ArrayRecord:
     """Return the tensors as Flower's record, in the given order."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(np.asarray(value))) for name, value in tensors.items()})
+    return ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in tensors.items()})
 
 
 def to_tensors(arrays: ArrayRecord) -> Tensors:

@@ -129,7 +129,7 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
         rows, weight = r.batches.rows[s], r.batches.weights[s]
         gradients, (_, loss) = step(params, r.x[rows], r.y[rows], weight)
         if r.gradient_clip:
-            norms = sum(g.flatten(1).pow(2).sum(1) for g in gradients.values()).sqrt()
+            norms = sum(g.reshape(cohort, -1).pow(2).sum(1) for g in gradients.values()).sqrt()
             # The same formula as torch.nn.utils.clip_grad_norm_, for each client by itself.
             scale = (r.gradient_clip / (norms + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in gradients.items()}

@@ -48,7 +48,7 @@ def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, np.ndarray):
         if where in arrays:
             raise TypeError(f"{where}: two keys have the same name")
-        arrays[where] = np.ascontiguousarray(value)
+        arrays[where] = np.asarray(value, order="C")
         return {"array": where}
     if isinstance(value, Array):
         return {"flower-array": _pack(value.numpy(), where, arrays)}

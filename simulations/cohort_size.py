@@ -23,7 +23,8 @@ BUDGET_SECONDS = 1.5
 def measure(config: RunConfig, federation: Federation, workers: int) -> RunConfig:
     """Return the config with `engine.cohort-size` decided: the fastest of one by one, 8, 32 and 128 together.
 
-    No cohort is so large that one of the workers would have none. Equal bits need an equal cohort size, so the choice stands in the run's config.toml like any other setting.
+    No cohort is so large that one of the workers would have none. Equal bits need an equal cohort size, so the choice
+    stands in the run's config.toml like any other setting.
     """
     if config.engine.cohort_size != "auto":
         return config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import RunConfig
+from core.records import to_arrays, to_tensors, travelling
 from core.training import (
     LocalRound,
     can_vectorise,
@@ -65,8 +66,6 @@ def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object
     x, y = _inputs(name, sum(SIZES))
     rng = np.random.default_rng(0)
     batches = plan(SIZES, BATCH, [[rng.permutation(n) for _ in range(epochs)] for n in SIZES])
-    from core.records import travelling
-
     weights = {key: tensor.clone() for key, tensor in travelling(model).items()}
     made = make_optimizer(optimizer, 0.1 if optimizer == "sgd" else 0.01, momentum=0.9, weight_decay=0.01)
     return replace(LocalRound(model, classification_loss, weights, x, y, batches, made), **changes)  # type: ignore[arg-type]
@@ -174,11 +173,29 @@ def test_learning_rate_schedules() -> None:
 def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     r = replace(_round("mlp"), model=nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Flatten(0)))
-    from core.records import travelling
-
     r = replace(r, global_params={k: v.clone() for k, v in travelling(r.model).items()}, seed=3)
     before = torch.get_rng_state()
     first, again, other = local_sgd(r), local_sgd(r), local_sgd(replace(r, seed=4))
     assert torch.equal(first.params["0.weight"], again.params["0.weight"])
     assert not torch.equal(first.params["0.weight"], other.params["0.weight"])
     assert torch.equal(before, torch.get_rng_state())
+
+
+class _Scalar(nn.Module):
+    """A model with a parameter that has no dimension at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x[:, 0]
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_a_scalar_parameter_keeps_its_shape_on_the_way(vectorised: bool) -> None:
+    model = _Scalar()
+    weights = to_tensors(to_arrays(travelling(model)))
+    assert weights["slope"].shape == ()
+    r = replace(_round("mlp"), model=model, global_params=weights, vectorised=vectorised, gradient_clip=0.5)
+    _assert_equal(r)

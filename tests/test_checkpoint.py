@@ -1,0 +1,85 @@
+"""Checkpoints without pickles: what goes in comes out, and what cannot be saved is refused loudly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+from core import tree
+from core.errors import InputError
+from server.checkpoint import Checkpoint, load, restore_strategy, save, strategy_state
+
+
+def _checkpoint(server_round: int, **changes: object) -> Checkpoint:
+    arrays = ArrayRecord({"w": Array(np.arange(3, dtype=np.float32))})
+    fields = {"strategy": {}, "unsaved": [], "client_states": {}, "progress": {}, **changes}
+    return Checkpoint(round=server_round, arrays=arrays, **fields)  # type: ignore[arg-type]
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    records = RecordDict(
+        {"a": ArrayRecord({"w": Array(np.ones((2, 1)))}), "c": ConfigRecord({"name": "x", "on": True})}
+    )
+    before = {
+        "numbers": [1, 2.5, None, "x", True],
+        "pair": (np.float32(0.5), {"deep": np.arange(4, dtype=np.int64)}),
+        "states": {7: records, 9: RecordDict({"m": MetricRecord({"n": 3})})},
+        "scalar": np.array(2.0),
+    }
+    tree.save(before, tmp_path, "state")
+    after = tree.load(tmp_path, "state")
+    assert after["numbers"] == before["numbers"]
+    assert isinstance(after["pair"], tuple)
+    assert after["pair"][1]["deep"].tolist() == [0, 1, 2, 3]
+    assert after["states"][7]["c"] == records["c"]
+    assert after["states"][7]["a"]["w"].numpy().tolist() == [[1.0], [1.0]]
+    assert after["states"][9]["m"]["n"] == 3
+    assert after["scalar"].shape == ()
+
+
+@pytest.mark.parametrize("value", [object(), {(1, 2): 3}, lambda: None, b"bytes", {1, 2}])
+def test_what_a_tree_cannot_hold_is_an_error_that_names_the_place(value: object, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="state/inner/0"):
+        tree.save({"inner": [value]}, tmp_path, "state")
+
+
+def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_ignored(tmp_path: Path) -> None:
+    assert load(tmp_path) is None
+    save(_checkpoint(1), tmp_path)
+    save(_checkpoint(2), tmp_path)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "state.json").write_text('{"dict": [')
+    found = load(tmp_path)
+    assert found is not None
+    assert found.round == 2
+    assert [folder.name for folder in tmp_path.glob("round-*")] == ["round-000002"]
+
+
+class _Remembers(FedAvg):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = np.zeros(2)
+        self.queue: object = []
+
+
+def test_a_strategy_gets_back_every_attribute_that_is_not_a_function() -> None:
+    before, after = _Remembers(), _Remembers()
+    before.total += 3
+    state, unsaved = strategy_state(before)
+    assert unsaved == []
+    restore_strategy(after, _checkpoint(1, strategy=state))
+    assert after.total.tolist() == [3, 3]
+    assert callable(after.train_metrics_aggr_fn)
+
+
+def test_a_strategy_that_keeps_what_cannot_be_saved_is_not_resumed() -> None:
+    strategy = _Remembers()
+    strategy.queue = {1, 2}
+    state, unsaved = strategy_state(strategy)
+    assert unsaved == ["queue"]
+    with pytest.raises(InputError, match=r"keeps queue.*load_state_dict"):
+        restore_strategy(strategy, _checkpoint(1, strategy=state, unsaved=unsaved))
