@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
 
-from core import records
 from core.config import RunConfig
-from core.metrics import HIGHER_IS_BETTER
-from core.seeding import seed_globals
-from reports.page import write_report
-from server import checkpoint as checkpoints
-from server.build import build_strategy, check
-from server.evaluate import Description, Evaluation, Evaluator, describe
-from server.observe import Observed, ObservedGrid
-from server.recorder import Clock, RunFolder, versions
-from strategies import makes_partial_means
-from tasks import load
-from tasks.base import Task, build_model
-from tasks.source import federation_of
+from server.build import check
+from server.observe import ObservedGrid
+from server.recorder import RunFolder
+from server.session import OnRound, Session
 
-TIMEOUT_SECONDS = 3600.0
 NODES_SECONDS = 60.0
-OnRound = Callable[[dict[str, Any]], None]
 app = ServerApp()
 
 
@@ -68,7 +54,7 @@ def train(
 
     Interrupting (KeyboardInterrupt) and failing both leave a valid folder; then the exception goes on.
     """
-    session = _Session(ObservedGrid(grid), config, folder, on_round)
+    session = Session(ObservedGrid(grid), config, folder, on_round)
     status, error = "failed", ""
     try:
         session.run()
@@ -84,217 +70,3 @@ def train(
     finally:
         summary = session.finish(status, error)
     return summary
-
-
-class _StopEarly(Exception):  # noqa: N818 (it is not an error)
-    """Ends Flower's loop before its last round."""
-
-
-class _Session:
-    """One run from start (or checkpoint) to summary. Flower's `Strategy.start` drives; the round's end is ours."""
-
-    def __init__(self, grid: ObservedGrid, config: RunConfig, folder: RunFolder, on_round: OnRound | None) -> None:
-        self.grid, self.config, self.folder, self.on_round = grid, config, folder, on_round
-        self.task: Task = load(config)
-        self.strategy: Strategy = build_strategy(config)
-        self.model = build_model(self.task, config.seed)
-        self.arrays = records.to_arrays(records.travelling(self.model))
-        self.best: dict[str, Any] | None = None
-        self.last: dict[str, Any] = {}
-        self.baselines: dict[str, Any] | None = None
-        self.stopped_by = ""
-        self.done = 0
-        self.steady = {"clients": 0, "seconds": 0.0}
-        self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
-        self.clock = Clock()
-        self.evaluate: Evaluator | None = None
-
-    def run(self) -> None:
-        """Train all remaining rounds."""
-        if (saved := self.folder.last_checkpoint()) is not None:
-            self._restore(saved)
-        about = self._describe()
-        if self.done >= self.config.rounds or self._should_stop():
-            return
-        constants: dict[str, Any] = {records.CONSTANTS + name: values for name, values in about.constants.items()}
-        strategy = checkpoints.LaterRounds(self.strategy, self.done) if self.done else self.strategy
-        seed_globals(self.config.seed, "round", self.done + 1)
-        self.grid.take()
-        self._round_began = time.perf_counter()
-        with contextlib.suppress(_StopEarly):
-            strategy.start(
-                self.grid,
-                initial_arrays=self.arrays,
-                num_rounds=self.config.rounds - self.done,
-                timeout=TIMEOUT_SECONDS,
-                train_config=ConfigRecord({records.PARTIAL_MEAN: makes_partial_means(self.config), **constants}),
-                evaluate_config=ConfigRecord(constants),
-                evaluate_fn=self._end_of_round,
-            )
-
-    def finish(self, status: str, error: str) -> dict[str, Any]:
-        """Write the summary, the model and the report; return the summary."""
-        kept = self.best if self.config.keep == "best" and self.best else {"arrays": self.arrays, **self.last}
-        summary = {
-            "task": self.config.task,
-            "dataset": self.config.dataset,
-            "preset": self.config.preset,
-            "strategy": self.config.strategy,
-            "seed": self.config.seed,
-            "rounds": self.done,
-            "clients": self.config.clients,
-            "seconds": round(self.clock.seconds, 3),
-            "clients_per_second": self._clients_per_second(),
-            "metrics": kept.get("central", {}),
-            "clients_metrics": kept.get("clients", {}),
-            "validation_metrics": kept.get("validation", {}),
-            "threshold": kept.get("threshold"),
-            "kept": self.config.keep,
-            "best": {key: self.best[key] for key in ("round", "metric", "value")} if self.best else None,
-            "baselines": self.baselines,
-            "privacy": {"level": "none", "epsilon": None, "delta": None, "accountant": None},
-            "secure_aggregation": None,
-            "traffic": self.traffic,
-            "versions": versions(),
-            "status": status,
-            "stopped_by": self.stopped_by or None,
-            "error": error or None,
-        }
-        self.folder.finish(records.in_dtypes_of(kept["arrays"], records.travelling(self.model)), summary)
-        try:
-            write_report(self.folder.path)
-        except Exception:
-            # The page is made from the files; a fault in it must not hide how the run ended.
-            logging.getLogger("fedra").exception(
-                "report.html could not be written; try: fedra report %s", self.folder.path
-            )
-        return summary
-
-    def _describe(self) -> Description:
-        about = describe(self.grid, self.task, TIMEOUT_SECONDS)
-        self.grid.order = about.order
-        splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
-        self.folder.write_json(
-            "heterogeneity.json",
-            {"labels": self.task.labels, "names": about.names, "label_counts": about.label_counts, "sizes": splits},
-        )
-        if about.constants:
-            self.folder.write_json("constants.json", about.constants)
-        central = federation_of(self.config).central
-        self.evaluate = Evaluator(self.grid, self.config, self.task, central, about)
-        return about
-
-    def _end_of_round(self, counted: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Evaluate, record and checkpoint: Flower calls this before its first round and after each."""
-        if counted == 0:
-            return None
-        seconds = time.perf_counter() - self._round_began
-        observed = self.grid.take()
-        self._check_somebody_trained(observed)
-        self.done += 1
-        self.arrays = arrays
-        self._count(observed, seconds)
-        row: dict[str, Any] = {
-            "round": self.done,
-            "seconds": round(seconds, 6),
-            "clients_per_second": round(len(observed.clients) / seconds, 3),
-            "sampled": observed.sampled,
-            "failed": len(observed.failures),
-            "failures": observed.failures[:5],
-            "train_loss": _mean_loss(observed),
-        }
-        each: dict[int, dict[str, float]] = {}
-        due = self.done % self.config.evaluate_every == 0 or self.done == self.config.rounds
-        if due:
-            assert self.evaluate is not None
-            each = self._evaluated(self.evaluate(self.done, self.arrays, TIMEOUT_SECONDS))
-            row |= {key: self.last[key] for key in ("central", "clients", "validation", "threshold")}
-        evaluation = self.grid.take()
-        for key in self.traffic:
-            row[key] = getattr(observed, key) + getattr(evaluation, key)
-            self.traffic[key] += row[key]
-        self.folder.append_round(row, _client_rows(observed.clients, each))
-        self._save()
-        if self.on_round is not None:
-            self.on_round(row)
-        if due and self._should_stop():
-            raise _StopEarly
-        seed_globals(self.config.seed, "round", self.done + 1)
-        self.grid.take()
-        self._round_began = time.perf_counter()
-        return None
-
-    def _evaluated(self, evaluation: Evaluation) -> dict[int, dict[str, float]]:
-        """Keep the evaluation and the best model so far; return the clients' own metrics."""
-        self.last = {key: value for key, value in vars(evaluation).items() if key != "each"}
-        self.last["round"] = self.done
-        metric = self.config.early_stopping.metric or "loss"
-        value = evaluation.validation[metric]
-        sign = 1 if HIGHER_IS_BETTER.get(metric, True) else -1
-        if value == value and (self.best is None or sign * value > sign * self.best["value"]):
-            self.best = {"arrays": self.arrays, "metric": metric, "value": value, **self.last}
-        return evaluation.each
-
-    def _count(self, observed: Observed, seconds: float) -> None:
-        # The first round also starts workers and loads data: it says nothing about speed, unless it is the only one.
-        if self.done == 2:
-            self.steady = {"clients": 0, "seconds": 0.0}
-        self.steady["clients"] += len(observed.clients)
-        self.steady["seconds"] += seconds
-
-    def _clients_per_second(self) -> float | None:
-        """Return the clients trained per second of training, the first round apart."""
-        return round(self.steady["clients"] / self.steady["seconds"], 3) if self.steady["seconds"] else None
-
-    def _should_stop(self) -> bool:
-        stopping = self.config.early_stopping
-        if not stopping.metric or self.best is None:
-            return False
-        since = (self.done - self.best["round"]) // self.config.evaluate_every
-        if since >= stopping.patience:
-            self.stopped_by = f"no better {stopping.metric} for {since} evaluations"
-        return bool(self.stopped_by)
-
-    def _check_somebody_trained(self, observed: Observed) -> None:
-        if observed.sampled and not observed.clients:
-            raise RuntimeError(
-                f"all {observed.sampled} clients of round {self.done + 1} failed: {observed.failures[:3]}"
-            )
-
-    def _save(self) -> None:
-        state, unsaved = checkpoints.strategy_state(self.strategy)
-        progress = {
-            "best": self.best,
-            "last": self.last,
-            "steady": self.steady,
-            "seconds": self.clock.seconds,
-            "traffic": self.traffic,
-        }
-        states = getattr(self.grid.inner, "client_states", {})
-        checkpoints.save(
-            checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress), self.folder.checkpoints
-        )
-
-    def _restore(self, saved: checkpoints.Checkpoint) -> None:
-        checkpoints.restore_strategy(self.strategy, saved)
-        progress = saved.progress
-        self.done, self.arrays = saved.round, saved.arrays
-        self.best, self.last = progress["best"], progress["last"]
-        self.steady, self.traffic = progress["steady"], progress["traffic"]
-        self.clock = Clock(progress["seconds"])
-        if hasattr(self.grid.inner, "client_states"):
-            self.grid.inner.client_states.update(saved.client_states)
-
-
-def _mean_loss(observed: Observed) -> float:
-    weights = [row["num_examples"] for row in observed.clients]
-    return sum(row["train_loss"] * n for row, n in zip(observed.clients, weights, strict=True)) / sum(weights)
-
-
-def _client_rows(trained: list[dict[str, Any]], each: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
-    """Return a row per client that trained or evaluated; a metric on its own test split stands under test_<name>."""
-    rows = {row["client"]: row for row in trained}
-    for client, metrics in each.items():
-        named = {f"test_{name}": value for name, value in metrics.items()}
-        rows[client] = {**rows.get(client, {"client": client}), **named}
-    return [rows[client] for client in sorted(rows)]

@@ -72,11 +72,7 @@ class ObservedGrid(Grid):
         """Send the messages, wait for the replies and count both."""
         replies = self._received(self.inner.send_and_receive(self._sent(messages), timeout=timeout))
         # Flower's own grids return replies as they arrive; a sum of floats must not depend on that.
-        return sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id)) if self._arrival else replies
-
-    @property
-    def _arrival(self) -> bool:
-        return not hasattr(self.inner, "client_states")
+        return sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id))
 
     def _place(self, node: int) -> int:
         return self.order.get(node, node)

@@ -41,7 +41,7 @@ def test_a_run_with_partial_means_equals_one_with_every_update(
     smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partial = load_file(simulate(smoke()).path / "model.safetensors")
-    monkeypatch.setattr("server.app.makes_partial_means", lambda config: False)
+    monkeypatch.setattr("server.session.makes_partial_means", lambda config: False)
     every = load_file(simulate(smoke()).path / "model.safetensors")
     for name in partial:
         np.testing.assert_allclose(partial[name], every[name], atol=1e-6)
