@@ -26,7 +26,9 @@ def _hyphens(name: str) -> str:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=_hyphens, populate_by_name=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=_hyphens, populate_by_name=True, frozen=True, allow_inf_nan=False
+    )
 
 
 class Partition(_Section):
@@ -84,7 +86,7 @@ class RunConfig(_Section):
     strategy_options: dict[str, Scalar] = Field(default_factory=dict, description="Options of the strategy.")
     rounds: int = Field(20, ge=1, description="Rounds of federated training.")
     sampled: float = Field(0, ge=0, description="Clients a round: a count, a fraction below 1, or 0 for all.")
-    seed: int = Field(0, ge=0, description="Seed of everything that is random.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything that is random.")
     local_epochs: int = Field(1, ge=1, description="Passes over its examples that a client makes in a round.")
     local_steps: int = Field(
         0,

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 
 from core import tree
 from core.errors import InputError
@@ -54,7 +55,15 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
 def load(folder: Path) -> Checkpoint | None:
     """Return the newest whole checkpoint under `folder`, or None where there is none."""
     saved = sorted(folder.glob("round-*"))
-    return Checkpoint(**tree.load(saved[-1], "state")) if saved else None
+    if not saved:
+        return None
+    try:
+        return Checkpoint(**tree.load(saved[-1], "state"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"the checkpoint {saved[-1]} cannot be read ({error}); "
+            f"start anew with: fedra run {folder.parent / 'config.toml'}."
+        ) from None
 
 
 def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -70,8 +71,11 @@ class RunFolder:
     def resumable(cls, path: Path) -> RunFolder:
         """Return a run's folder that has rounds left; `InputError` when it is complete."""
         folder = cls.open(path)
-        summary = path / "summary.json"
-        if summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "completed":
+        summary: dict[str, Any] = {}
+        # A summary that is missing or broken off is that of a run that was killed.
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        if summary.get("status") == "completed":
             raise InputError(f"{path} is completed; start a new run with: fedra run {path / 'config.toml'}.")
         return folder
 

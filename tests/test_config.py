@@ -74,7 +74,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
         ({"engine.workers": -2}, ["engine.workers=-2", "'auto'"]),
         ({"sampled": 11, "clients": 10}, ["sampled: 11", "10 clients"]),
         ({"learning-rate": "fast"}, ["learning-rate='fast'", "number"]),
-        ({"learning-rate": float("nan")}, ["learning-rate", "greater than 0"]),
+        ({"learning-rate": float("nan")}, ["learning-rate", "finite number"]),
     ],
 )
 def test_wrong_values_get_one_sentence(flat: dict, words: list[str]) -> None:

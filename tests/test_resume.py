@@ -94,6 +94,16 @@ def test_a_completed_run_and_a_folder_that_is_none_are_refused(smoke: Callable[.
         RunFolder.resumable(tmp_path)
 
 
+def test_a_damaged_checkpoint_is_one_sentence_with_the_way_out(smoke: Callable[..., RunConfig]) -> None:
+    folder = _stopped_after(smoke(), 2)
+    (folder / "summary.json").write_text("{")
+    config = RunFolder.resumable(folder).config
+    for damage in (lambda file: file.write_bytes(b"\0" * 9), Path.unlink):
+        damage(next(folder.glob("checkpoint/round-*/state.safetensors")))
+        with pytest.raises(InputError, match=r"checkpoint .* cannot be read .* fedra run .*config\.toml"):
+            simulate(config, resume=folder)
+
+
 def _fedra(*arguments: str) -> subprocess.Popen[str]:
     fedra = shutil.which("fedra", path=str(Path(sys.executable).parent))
     assert fedra
