@@ -1,4 +1,4 @@
-"""Metrics of a classifier from its probabilities, by scikit-learn and torchmetrics, named as in `summary.json`.
+"""Metrics of a classifier from its probabilities, by scikit-learn, named as in `summary.json`.
 
 A metric that a split cannot define (AUROC with one class, anything with no example) is nan, never a guess.
 """
@@ -27,7 +27,7 @@ def _expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bin
 
 def _recall_at_fpr(p: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Return the largest recall among thresholds whose false-positive rate is at most `limit`."""
-    fpr, tpr, _ = sk.roc_curve(y, p)
+    fpr, tpr, _ = sk.roc_curve(y, p, drop_intermediate=False)
     return float(tpr[fpr <= limit].max())
 
 

@@ -112,7 +112,9 @@ def global_loss(r: LocalRound) -> Tensor:
 def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
     cohort = len(r.batches.steps)
     names = [name for name, p in r.model.named_parameters() if p.requires_grad]
-    fixed = {name: t for name, t in r.model.state_dict().items() if name not in names}
+    # Every name of a trainable parameter is left out: a tied one has several and functional_call wants one.
+    trainable = {name for name, p in r.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    fixed = {name: t for name, t in r.model.state_dict().items() if name not in trainable}
     params = {name: r.global_params[name].expand(cohort, *r.global_params[name].shape).clone() for name in names}
     optimizer = r.optimizer(list(params.values()))
     final = {name: torch.empty_like(p) for name, p in params.items()}
@@ -136,7 +138,8 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
         for name in names:
             params[name].grad = gradients[name]
         optimizer.step()
-        total += loss * weight.sum(1) * (r.batches.steps > s)
+        # Not a product: what a finished client's slot computes may be nan, and nan * 0 is nan.
+        total += torch.where(r.batches.steps > s, loss * weight.sum(1), 0.0)
         seen += weight.sum(1)
         done = r.batches.steps == s + 1
         if done.any():
@@ -178,7 +181,12 @@ def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
 
 
 def can_vectorise(model: nn.Module) -> bool:
-    """Return whether the model may be mapped over clients: nothing in it changes a buffer while it trains."""
+    """Return whether the model may be mapped over clients: nothing in it mixes examples or changes a buffer.
+
+    Batch normalisation does both: the places that pad a short batch would enter its statistics.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return False
     return travelling(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 

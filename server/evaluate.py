@@ -122,7 +122,10 @@ class Evaluator:
         )
         content = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
         messages = [Message(content, node, "evaluate") for node in self._nodes]
-        replies = self._grid.send_and_receive(messages, timeout=timeout)
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        if all(reply.has_error() for reply in replies):
+            reasons = [str(reply.error.reason) for reply in replies[:3]]
+            raise RuntimeError(f"no client could evaluate round {server_round} on its {split} split: {reasons}")
         return [
             {**records.metrics_of(reply.content), records.CLIENT: self._order[reply.metadata.src_node_id]}
             for reply in replies

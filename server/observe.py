@@ -79,6 +79,7 @@ class ObservedGrid(Grid):
 
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
         messages = list(messages)
+        self._payload = (None, 0)
         for message in messages:
             if self._payload[0] is not message.content:
                 self._payload = (message.content, records.array_bytes(message.content))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -43,6 +44,9 @@ class RunFolder:
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
         """Make `<out>/<utc>-<preset>-<strategy>-s<seed>/` with its config.toml, and return it."""
+        if config.data_dir:
+            # A run may be resumed from another folder than it was started in.
+            config = config.with_(data_dir=str(Path(config.data_dir).absolute()))
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         strategy = config.strategy.replace(":", ".").replace("/", ".")
         base = Path(config.out).absolute() / f"{stamp}-{config.preset}-{strategy}-s{config.seed}"
@@ -75,6 +79,9 @@ class RunFolder:
         # A summary that is missing or broken off is that of a run that was killed.
         with contextlib.suppress(OSError, ValueError):
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        rounds = path / "rounds.jsonl"
+        if not any(folder.checkpoints.glob("round-*")) and rounds.is_file() and rounds.read_text().count("\n") > 1:
+            raise InputError(f"{path} has rounds but no checkpoint; start anew with: fedra run {path / 'config.toml'}.")
         if summary.get("status") == "completed":
             raise InputError(f"{path} is completed; start a new run with: fedra run {path / 'config.toml'}.")
         return folder
@@ -93,7 +100,8 @@ class RunFolder:
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 # A killed process may leave half a line at the end.
                 whole = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= done]
-                path.write_text("".join(whole), encoding="utf-8")
+                if len(whole) < len(lines):
+                    _replace(path, "".join(whole))
         return checkpoint
 
     def append_round(self, row: dict[str, Any], clients: Iterable[dict[str, Any]]) -> None:
@@ -104,7 +112,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the folder."""
-        (self.path / name).write_text(json.dumps(clean(content), indent=2) + "\n", encoding="utf-8")
+        _replace(self.path / name, json.dumps(clean(content), indent=2) + "\n")
 
     def finish(self, arrays: ArrayRecord, summary: dict[str, Any]) -> None:
         """Write model.safetensors, clients.parquet and summary.json."""
@@ -123,6 +131,13 @@ class RunFolder:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean(row)) + "\n")
             file.flush()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old or the new one whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def versions() -> dict[str, str]:

@@ -52,11 +52,12 @@ class Session:
         self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
+        # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
+        if (saved := folder.last_checkpoint()) is not None:
+            self._restore(saved)
 
     def run(self) -> None:
         """Train all remaining rounds."""
-        if (saved := self.folder.last_checkpoint()) is not None:
-            self._restore(saved)
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
@@ -90,6 +91,7 @@ class Session:
             "seconds": round(self.clock.seconds, 3),
             "clients_per_second": self._clients_per_second(),
             "metrics": kept.get("central", {}),
+            "metrics_round": kept.get("round"),
             "clients_metrics": kept.get("clients", {}),
             "validation_metrics": kept.get("validation", {}),
             "threshold": kept.get("threshold"),
@@ -134,30 +136,30 @@ class Session:
             return None
         seconds = time.perf_counter() - self._round_began
         observed = self.grid.take()
-        self._check_somebody_trained(observed)
-        self.done += 1
-        self.arrays = arrays
-        self._count(observed, seconds)
+        number = self.done + 1
+        self._check(observed, arrays, number)
         row: dict[str, Any] = {
-            "round": self.done,
+            "round": number,
             "seconds": round(seconds, 6),
             "clients_per_second": round(len(observed.clients) / seconds, 3),
             "sampled": observed.sampled,
             "failed": len(observed.failures),
             "failures": observed.failures[:5],
             "train_loss": _mean_loss(observed),
+            # False where the strategy made no new model, as Bulyan does when too few clients answered.
+            "aggregated": arrays is not self.arrays,
         }
-        each: dict[int, dict[str, float]] = {}
-        due = self.done % self.config.evaluate_every == 0 or self.done == self.config.rounds
+        due = number % self.config.evaluate_every == 0 or number == self.config.rounds
+        evaluation: Evaluation | None = None
         if due:
             assert self.evaluate is not None
-            each = self._evaluated(self.evaluate(self.done, self.arrays, TIMEOUT_SECONDS))
-            row |= {key: self.last[key] for key in ("central", "clients", "validation", "threshold")}
-        evaluation = self.grid.take()
-        for key in self.traffic:
-            row[key] = getattr(observed, key) + getattr(evaluation, key)
-            self.traffic[key] += row[key]
-        self.folder.append_round(row, _client_rows(observed.clients, each))
+            evaluation = self.evaluate(number, arrays, TIMEOUT_SECONDS)
+            row |= {key: value for key, value in vars(evaluation).items() if key != "each"}
+        evaluating = self.grid.take()
+        row["failed_evaluations"] = len(evaluating.failures)
+        row |= {key: getattr(observed, key) + getattr(evaluating, key) for key in self.traffic}
+        self.folder.append_round(row, _client_rows(observed.clients, evaluation.each if evaluation else {}))
+        self._commit(number, arrays, evaluation, row, len(observed.clients), seconds)
         self._save()
         if self.on_round is not None:
             self.on_round(row)
@@ -168,23 +170,30 @@ class Session:
         self._round_began = time.perf_counter()
         return None
 
-    def _evaluated(self, evaluation: Evaluation) -> dict[int, dict[str, float]]:
-        """Keep the evaluation and the best model so far; return the clients' own metrics."""
-        self.last = {key: value for key, value in vars(evaluation).items() if key != "each"}
-        self.last["round"] = self.done
+    def _commit(
+        self,
+        number: int,
+        arrays: ArrayRecord,
+        evaluation: Evaluation | None,
+        row: dict[str, Any],
+        clients: int,
+        seconds: float,
+    ) -> None:
+        """Make the round the last finished one: model, metrics, best model and totals change together."""
+        self.done, self.arrays = number, arrays
+        # The first round also starts workers and loads data: it says nothing about speed, unless it is the only one.
+        if number == 2:
+            self.steady = {"clients": 0, "seconds": 0.0}
+        self.steady = {"clients": self.steady["clients"] + clients, "seconds": self.steady["seconds"] + seconds}
+        self.traffic = {key: total + row[key] for key, total in self.traffic.items()}
+        if evaluation is None:
+            return
+        self.last = {"round": number, **{key: value for key, value in vars(evaluation).items() if key != "each"}}
         metric = self.config.early_stopping.metric or self.task.metrics[0]
         value = evaluation.validation[metric]
         sign = 1 if HIGHER_IS_BETTER.get(metric, True) else -1
         if value == value and (self.best is None or sign * value > sign * self.best["value"]):
-            self.best = {"arrays": self.arrays, "metric": metric, "value": value, **self.last}
-        return evaluation.each
-
-    def _count(self, observed: Observed, seconds: float) -> None:
-        # The first round also starts workers and loads data: it says nothing about speed, unless it is the only one.
-        if self.done == 2:
-            self.steady = {"clients": 0, "seconds": 0.0}
-        self.steady["clients"] += len(observed.clients)
-        self.steady["seconds"] += seconds
+            self.best = {"arrays": arrays, "metric": metric, "value": value, **self.last}
 
     def _clients_per_second(self) -> float | None:
         """Return the clients trained per second of training, the first round apart."""
@@ -199,10 +208,15 @@ class Session:
             self.stopped_by = f"no better {stopping.metric} for {since} evaluations"
         return bool(self.stopped_by)
 
-    def _check_somebody_trained(self, observed: Observed) -> None:
+    def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
+        """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
         if observed.sampled and not observed.clients:
+            reasons = "; ".join(failure["reason"] for failure in observed.failures[:3])
+            raise RuntimeError(f"all {observed.sampled} clients of round {number} failed: {reasons}")
+        if set(arrays) != set(self.arrays):
             raise RuntimeError(
-                f"all {observed.sampled} clients of round {self.done + 1} failed: {observed.failures[:3]}"
+                f"strategy '{self.config.strategy}' returned arrays {sorted(arrays)} in round {number}, "
+                f"but the model has {sorted(self.arrays)}"
             )
 
     def _save(self) -> None:
@@ -232,6 +246,8 @@ class Session:
 
 def _mean_loss(observed: Observed) -> float:
     weights = [row["num_examples"] for row in observed.clients]
+    if not weights:
+        return float("nan")
     return sum(row["train_loss"] * n for row, n in zip(observed.clients, weights, strict=True)) / sum(weights)
 
 

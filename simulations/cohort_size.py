@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import replace
@@ -20,22 +21,28 @@ CANDIDATES = (8, 32, 128)
 BUDGET_SECONDS = 1.5
 
 
-def measure(config: RunConfig, federation: Federation, workers: int) -> RunConfig:
+def measure(config: RunConfig, federation: Federation) -> RunConfig:
     """Return the config with `engine.cohort-size` decided: the fastest of one by one, 8, 32 and 128 together.
 
-    No cohort is so large that one of the workers would have none. Equal bits need an equal cohort size, so the choice
-    stands in the run's config.toml like any other setting.
+    Candidates do not depend on the number of workers, but the clock decides between them: equal bits need an equal
+    cohort size, so the choice stands in the run's config.toml like any other setting.
     """
     if config.engine.cohort_size != "auto":
         return config
     model = build_model(load(config), config.seed)
-    largest = math.ceil(config.count(config.sampled) / max(workers, 1))
+    # At least two cohorts, so that two workers have something to do.
+    largest = math.ceil(config.count(config.sampled) / 2)
     if largest == 1 or not can_vectorise(model):
         return config.with_(engine__cohort_size=1)
     sizes = [1, *(size for size in CANDIDATES if size < largest), min(largest, CANDIDATES[-1])]
     began, best, seconds = time.perf_counter(), 1, float("inf")
     for size in dict.fromkeys(sizes):
-        taken = _seconds_per_client(config, federation, model, size)
+        try:
+            taken = _seconds_per_client(config, federation, model, size)
+        except Exception as error:
+            # Data-dependent control flow and the like cannot be mapped: one by one is what always works.
+            logging.getLogger("fedra").warning("clients train one by one: the model cannot be mapped (%s)", error)
+            break
         if taken < seconds:
             best, seconds = size, taken
         if time.perf_counter() - began > BUDGET_SECONDS:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from core.config import RunConfig
 from core.errors import InputError
 from reports.compare import table, write_comparison
 from server.build import check
@@ -29,7 +30,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
         raise InputError(f"seeds={seeds} is not a whole number from 1; write for example seeds=3.")
     plain = preset(name, {key: value for key, value in overrides.items() if key not in ("strategy", "seed")})
     strategies = str(overrides.pop("strategy", plain.strategy)).split(",")
-    first = overrides.pop("seed", plain.seed)
+    first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
     configs = [
         preset(name, {**overrides, "strategy": strategy, "seed": seed})
         for strategy in strategies

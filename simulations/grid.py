@@ -80,6 +80,9 @@ class RayGrid(Grid):
             if left is not None and left <= 0:
                 break
             self._collect(left)
+        # What comes too late must not answer a later round, nor leave its state behind.
+        late = {ticket for ticket in cohorts if self._tickets.pop(ticket, None) is not None}
+        self._pool.cancel(late)
         order = [message.metadata.message_id for cohort in cohorts.values() for message in cohort]
         return [self._replies.pop(message_id) for message_id in order if message_id in self._replies]
 
@@ -94,17 +97,20 @@ class RayGrid(Grid):
         for (_, message_type), group in groups.items():
             # Longest first: the last cohorts to start are the short ones. Like sizes also waste no padding.
             group.sort(key=lambda m: (-self._costs[partition_of(m.metadata.dst_node_id)], m.metadata.dst_node_id))
+            content = self._pool.put(group[0].content)
             for start in range(0, len(group), self._cohort_size):
                 cohort = group[start : start + self._cohort_size]
                 nodes = tuple(m.metadata.dst_node_id for m in cohort)
                 job = Job(message_type, nodes, tuple(self.client_states.get(node) for node in nodes))
-                cohorts[self._pool.submit(job, cohort[0].content)] = cohort
+                cohorts[self._pool.submit(job, content)] = cohort
         self._tickets |= cohorts
         return cohorts
 
     def _collect(self, timeout_seconds: float | None) -> None:
         for ticket, result in self._pool.wait(timeout_seconds).items():
-            cohort = self._tickets.pop(ticket)
+            cohort = self._tickets.pop(ticket, None)
+            if cohort is None:
+                continue
             self.client_states.update(result.states)
             for positions, answer in result.replies:
                 message = cohort[positions[0]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,8 +22,16 @@ ATTEMPTS = 3
 class Pool(Protocol):
     """Takes jobs and gives results back in any order; the grid puts them in theirs."""
 
-    def submit(self, job: Job, content: RecordDict) -> int:
+    def put(self, content: RecordDict) -> Any:
+        """Return a reference to a round's content, for `submit`."""
+        ...
+
+    def submit(self, job: Job, content: Any) -> int:
         """Return a ticket for the job's result."""
+        ...
+
+    def cancel(self, tickets: Collection[int]) -> None:
+        """Forget the jobs that have not begun."""
         ...
 
     def wait(self, timeout_seconds: float | None) -> dict[int, Result]:
@@ -43,7 +51,13 @@ class LocalPool:
         self._queue: deque[tuple[int, Job, RecordDict]] = deque()
         self._tickets = itertools.count()
 
-    def submit(self, job: Job, content: RecordDict) -> int:
+    def put(self, content: RecordDict) -> Any:
+        return content
+
+    def cancel(self, tickets: Collection[int]) -> None:
+        self._queue = deque(entry for entry in self._queue if entry[0] not in tickets)
+
+    def submit(self, job: Job, content: Any) -> int:
         ticket = next(self._tickets)
         self._queue.append((ticket, job, content))
         return ticket
@@ -86,12 +100,15 @@ class RayPool:
         self._busy: dict[Any, tuple[Any, _Task]] = {}
         self._queue: deque[_Task] = deque()
         self._tickets = itertools.count()
-        self._content: tuple[RecordDict | None, Any] = (None, None)
 
-    def submit(self, job: Job, content: RecordDict) -> int:
-        if self._content[0] is not content:
-            self._content = (content, self._ray.put(content))
-        task = _Task(next(self._tickets), job, self._content[1])
+    def put(self, content: RecordDict) -> Any:
+        return self._ray.put(content)
+
+    def cancel(self, tickets: Collection[int]) -> None:
+        self._queue = deque(task for task in self._queue if task.ticket not in tickets)
+
+    def submit(self, job: Job, content: Any) -> int:
+        task = _Task(next(self._tickets), job, content)
         self._queue.append(task)
         self._dispatch()
         return task.ticket

@@ -108,16 +108,14 @@ def simulate(
     """
     quiet()
     federation = check(config)
-    if resume is None:
-        with one_thread():
-            config = measure(config, federation, worker_count(config))
-        folder = RunFolder.create(config)
-    else:
-        folder = RunFolder(resume.absolute(), config)
-    if on_start is not None:
-        on_start(folder.path, config, folder.rounds_done())
+    with one_thread():
+        config = measure(config, federation)
     baselines = partial(train_baselines, config, federation) if config.baselines else None
     with one_thread(), engine(config, federation) as grid:
+        # Only now: a start that fails or is interrupted leaves no folder behind.
+        folder = RunFolder.create(config) if resume is None else RunFolder(resume.absolute(), config)
+        if on_start is not None:
+            on_start(folder.path, config, folder.rounds_done())
         return Run(folder.path, train(grid, config, folder, baselines=baselines, on_round=on_round))
 
 

@@ -71,6 +71,8 @@ class Worker:
 
     def _single(self, message_type: str, content: RecordDict, context: Context) -> RecordDict | Error:
         metadata = Metadata(RUN_ID, "", 0, context.node_id, "", "", 0.0, 0.0, message_type)
+        # An app may empty or edit its message: every client gets records of its own (the arrays' bytes are shared).
+        content = RecordDict({name: record.copy() for name, record in content.items()})
         try:
             reply = self.app(Message(metadata=metadata, content=content), context)  # type: ignore[call-overload]
         except Exception:

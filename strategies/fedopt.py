@@ -27,11 +27,9 @@ class FedAdam(strategy.FedAdam):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new global arrays and the aggregated metrics."""
-        if self.bias_correction:
-            return super().aggregate_train(server_round, replies)
         # Flower multiplies eta by the correction: dividing by it beforehand leaves the published step.
         correction = np.sqrt(1 - self.beta_2 ** (server_round + 1.0)) / (1 - self.beta_1 ** (server_round + 1.0))
-        eta, self.eta = self.eta, self.eta / correction
+        eta, self.eta = self.eta, self.eta if self.bias_correction else self.eta / correction
         try:
             arrays, metrics = super().aggregate_train(server_round, replies)
         finally:

@@ -104,7 +104,8 @@ def _central_rows(table: Table, seed: int) -> np.ndarray:
     strata = table.y if table.natural is None else table.natural * (table.y.max() + 1) + table.y
     counts = np.bincount(strata)
     rare = counts[strata] < 2
-    strata = np.where(rare, -1, strata)
+    # A stratum of one row cannot be split: it joins the largest.
+    strata = np.where(rare, counts.argmax(), strata)
     stratify = strata if np.unique(strata, return_counts=True)[1].min() >= 2 else None
     mask = np.zeros(len(table.y), dtype=bool)
     _, chosen = train_test_split(
