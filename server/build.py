@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
@@ -11,7 +10,7 @@ from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError, unknown
 from core.training import make_optimizer
-from strategies import options_of, strategy_class
+from strategies import options_of, parameters_of, strategy_class
 from tasks import load
 from tasks.base import build_model
 from tasks.source import federation_of
@@ -48,6 +47,10 @@ def build_strategy(config: RunConfig) -> Strategy:
     for key in config.strategy_options:
         if key not in options:
             raise unknown(f"{config.strategy} option", f"strategy-options.{key}", options)
+        value, default = config.strategy_options[key], options[key]
+        numeric = isinstance(default, int | float) and not isinstance(default, bool)
+        if numeric and (isinstance(value, str | bool) or value < 0):
+            raise InputError(f"strategy-options.{key}={value!r} is not a number from 0; its default is {default}.")
     chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
     chosen |= config.strategy_options
     sampled = config.count(config.sampled)
@@ -59,7 +62,7 @@ def build_strategy(config: RunConfig) -> Strategy:
         "fraction_evaluate": 0.0,
         "min_evaluate_nodes": 0,
     }
-    accepted = _parameters(cls)
+    accepted = parameters_of(cls)
     arguments = {name: value for name, value in plumbing.items() if name in accepted}
     arguments |= {key.replace("-", "_"): value for key, value in chosen.items()}
     try:
@@ -70,20 +73,6 @@ def build_strategy(config: RunConfig) -> Strategy:
         ) from None
     _check_enough(strategy, config, sampled)
     return strategy
-
-
-def _parameters(cls: type[Strategy]) -> set[str]:
-    """Return every name that reaches a constructor of the class or, through **options, of its bases."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        init = base.__dict__.get("__init__")
-        if init is None:
-            continue
-        parameters = inspect.signature(init).parameters.values()
-        names |= {p.name for p in parameters}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names
 
 
 def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:

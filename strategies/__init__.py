@@ -65,19 +65,25 @@ def strategy_class(name: str) -> type[Strategy]:
     return found
 
 
+def parameters_of(cls: type[Strategy]) -> dict[str, object]:
+    """Return every name, with its default, that reaches the class's constructor or, through **options, a base's."""
+    found: dict[str, object] = {}
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                found.setdefault(parameter.name, parameter.default)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
 def options_of(cls: type[Strategy]) -> dict[str, object]:
     """Return the options a user may set under `strategy-options.` and their defaults, with hyphens."""
-    found: dict[str, object] = {}
-    for base in reversed(cls.__mro__):
-        init = base.__dict__.get("__init__")
-        for parameter in inspect.signature(init).parameters.values() if init else ():
-            if parameter.name not in _OURS and parameter.kind in (
-                parameter.KEYWORD_ONLY,
-                parameter.POSITIONAL_OR_KEYWORD,
-            ):
-                found[parameter.name.replace("_", "-")] = parameter.default
-    found.pop("self", None)
-    return found
+    return {name.replace("_", "-"): value for name, value in parameters_of(cls).items() if name not in _OURS}
 
 
 def makes_partial_means(config: RunConfig) -> bool:

@@ -45,3 +45,20 @@ def die_once(message: Message, context: Context) -> Message:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return _reply(message, context, float(context.node_config["partition-id"]))
+
+
+popping = ClientApp()
+echoing = ClientApp()
+
+
+@popping.train()
+def empty_the_message(message: Message, context: Context) -> Message:
+    """Take the arrays out of the message, as careless apps do."""
+    message.content.array_records["arrays"].popitem()
+    return _reply(message, context, 1.0)
+
+
+@echoing.train()
+def echo(message: Message, context: Context) -> Message:
+    """Answer with the value in the config."""
+    return _reply(message, context, float(message.content["config"]["value"]))

@@ -69,6 +69,8 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "strategy=nowhere:Thing"], ["cannot be loaded", "No module named 'nowhere'"]),
         (["run", "smoke", "strategy-options.mu=1"], ["unknown fedavg option"]),
         (["run", "smoke", "strategy=krum", "strategy-options.num-malicious-nodes=2"], ["needs 7 clients", "not 4"]),
+        (["run", "smoke", "strategy=fedprox", "strategy-options.proximal-mu=x"], ["proximal-mu='x'", "default is 0.1"]),
+        (["compare", "smoke", "seed=abc"], ["seed='abc'"]),
         (["run", "smoke", "partition.kind=natural"], ["natural groups", "iid"]),
         (["run", "smoke", "partition.kind=dirichlet", "partition.alpha=0.001"], ["partition.alpha"]),
         (["run", "smoke", "clients=100"], ["455 examples cannot give 100 clients"]),

@@ -128,3 +128,49 @@ def test_a_client_without_usable_data_fails_alone(
 def test_a_model_that_diverges_is_refused_and_never_averaged(smoke: Callable[..., RunConfig]) -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         simulate(smoke(learning_rate=1e30))
+
+
+def test_every_client_gets_a_message_of_its_own() -> None:
+    grid = _local("popping", clients=4, cohort_size=4)
+    messages = _train_messages(grid)
+    for _ in range(2):
+        replies = list(grid.send_and_receive(messages))
+        assert [reply.has_error() for reply in replies] == [False] * 4
+
+
+def test_a_changed_content_is_sent_as_it_is_now(ray_session: None) -> None:
+    """A ServerApp may keep one RecordDict and change it between rounds."""
+    pool = RayPool(1, "", ("foreign_apps:echoing", {}, 2, None))
+    try:
+        grid = RayGrid(pool, 2, cohort_size=2)
+        messages = _train_messages(grid)
+        for value in (1.0, 2.0):
+            messages[0].content["config"]["value"] = value
+            replies = list(grid.send_and_receive(messages))
+            assert [reply.content["arrays"]["w"].numpy().item() for reply in replies] == [value] * 2
+    finally:
+        pool.close()
+
+
+def test_a_timed_out_round_leaves_nothing_to_later_ones() -> None:
+    grid = _local("counting", clients=4)
+    assert list(grid.send_and_receive(_train_messages(grid), timeout=0)) == []
+    replies = list(grid.send_and_receive(_train_messages(grid)))
+    assert [reply.content["arrays"]["w"].numpy().item() for reply in replies] == [1.0] * 4
+
+
+def test_a_failed_evaluation_is_counted(smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    import client.app
+
+    real = client.app._inputs
+
+    def broken(setting, split, clients, config):  # type: ignore[no-untyped-def]
+        if split == "test" and 2 in clients:
+            raise OSError("scanner offline")
+        return real(setting, split, clients, config)
+
+    monkeypatch.setattr(client.app, "_inputs", broken)
+    rows: list[dict] = []
+    simulate(smoke(rounds=1), on_round=rows.append)
+    assert rows[0]["failed"] == 0
+    assert rows[0]["failed_evaluations"] == 1

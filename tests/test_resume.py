@@ -94,6 +94,40 @@ def test_a_completed_run_and_a_folder_that_is_none_are_refused(smoke: Callable[.
         RunFolder.resumable(tmp_path)
 
 
+def test_a_refused_resume_leaves_the_folder_as_it_was(smoke: Callable[..., RunConfig]) -> None:
+    folder = _stopped_after(smoke(), 2)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    [state] = folder.glob("checkpoint/round-*/state.json")
+    state.write_text(state.read_text().replace('["unsaved", {"list": []}]', '["unsaved", {"list": ["queue"]}]'))
+    with pytest.raises(InputError, match="cannot be resumed: its strategy keeps queue"):
+        simulate(RunFolder.resumable(folder).config, resume=folder)
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_run_interrupted_while_it_evaluates_describes_the_model_it_saved(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.evaluate import Evaluator
+
+    real = Evaluator.__call__
+
+    def interrupted(self, server_round, arrays, timeout):  # type: ignore[no-untyped-def]
+        if server_round == 3:
+            raise KeyboardInterrupt
+        return real(self, server_round, arrays, timeout)
+
+    monkeypatch.setattr(Evaluator, "__call__", interrupted)
+    folders: list[Path] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(smoke(), on_start=lambda path, *_: folders.append(path))
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"], summary["metrics_round"]) == ("interrupted", 2, 2)
+    monkeypatch.undo()
+    two = simulate(smoke(rounds=2))
+    assert summary["metrics"] == pytest.approx(two.metrics)
+    assert (folders[0] / "model.safetensors").read_bytes() == (two.path / "model.safetensors").read_bytes()
+
+
 def test_a_damaged_checkpoint_is_one_sentence_with_the_way_out(smoke: Callable[..., RunConfig]) -> None:
     folder = _stopped_after(smoke(), 2)
     (folder / "summary.json").write_text("{")

@@ -123,6 +123,14 @@ def test_batch_norm_takes_the_loop_and_its_statistics_travel() -> None:
     assert "1.num_batches_tracked" not in update.params
 
 
+def test_what_mixes_examples_or_shares_weights_is_not_mapped_wrongly() -> None:
+    untracked = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 1))
+    assert not can_vectorise(untracked)
+    tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1), nn.Flatten(0))
+    tied[2].weight = tied[0].weight
+    _assert_equal(replace(_round("mlp"), model=tied, global_params={k: v.clone() for k, v in travelling(tied).items()}))
+
+
 def test_a_client_that_finished_is_untouched_by_the_others_steps() -> None:
     r = _round("mlp", epochs=3)
     assert r.batches.steps.tolist() == [6, 9, 3]
