@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from core import records
 from core.config import RunConfig
 from core.data import Federation, Ragged
-from core.metrics import score, score_counts
+from core.metrics import score_counts, score_each, weighted_means
 from core.seeding import derive, rng
-from core.training import Batches, LocalRound, LocalUpdate, can_vectorise, learning_rate, make_optimizer, plan, stream
+from core.training import Batches, LocalUpdate, assemble, learning_rate, make_optimizer, plan, stream
 from strategies import local_update
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict
@@ -44,7 +44,7 @@ class _Setting:
     data: Federation
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _setting(items: tuple[tuple[str, Any], ...]) -> _Setting:
     config = RunConfig.of(dict(items))
     task = load(config)
@@ -70,37 +70,30 @@ class CohortApp(ClientApp):
 def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     """Return the cohort's new models, or their weighted mean where the server asked for no more."""
     began = time.perf_counter()
-    setting, config = _open(contexts), _open(contexts).config
+    setting = _open(contexts)
+    config = setting.config
     clients = [_client(context) for context in contexts]
     round_config = records.config_of(content)
     x, y, sizes = _inputs(setting, "train", clients, round_config)
     if min(sizes) == 0:
         raise ValueError("no training examples")
     server_round = records.server_round(content)
-    update = local_update(config)(
-        LocalRound(
-            model=setting.model,
-            loss=setting.task.loss,
-            global_params=_global(content, setting.model),
-            x=x,
-            y=y,
-            batches=_batches(config, server_round, clients, sizes, contexts),
-            optimizer=make_optimizer(
-                config.optimizer, learning_rate(config, server_round), config.momentum, config.weight_decay
-            ),
-            config=round_config,
-            gradient_clip=config.gradient_clip,
-            seed=derive(config.seed, "model", server_round, clients[0]),
-            vectorised=len(clients) > 1 and can_vectorise(setting.model),
-        )
-    )
+    if server_round is None:
+        raise ValueError(f"the strategy sent no '{records.SERVER_ROUND}'; put it into the config in configure_train")
+    cohort = assemble(
+        config, setting.model, setting.task.loss, x, y,
+        _batches(config, server_round, clients, sizes, contexts),
+        make_optimizer(config, learning_rate(config, server_round)),
+        global_params=_global(content, setting.model),
+        config=round_config,
+        seed=derive(config.seed, "model", server_round, clients[0]),
+    )  # fmt: skip
+    update = local_update(config)(cohort)
     if config.local_steps:
         for context in contexts:
             context.state[STATE] = MetricRecord({BATCHES_DRAWN: _drawn(context) + config.local_steps})
     seconds = (time.perf_counter() - began) / len(clients)
-    finite = [
-        bool(torch.stack([p[i].isfinite().all() for p in update.params.values()]).all()) for i in range(len(sizes))
-    ]
+    finite = torch.stack([p.flatten(1).isfinite().all(1) for p in update.params.values()]).all(0).tolist()
     good = [i for i, ok in enumerate(finite) if ok]
     groups = [good] if round_config.get(records.PARTIAL_MEAN) and good else [[i] for i in good]
     answers: list[Reply] = [(group, _trained(update, group, clients, sizes, seconds)) for group in groups]
@@ -116,15 +109,21 @@ def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     clients = [_client(context) for context in contexts]
     split = str(config.get(records.SPLIT, "test"))
     x, y, sizes = _inputs(setting, split, clients, config)
-    model = records.load_into(setting.model, records.to_tensors(content.array_records[records.ARRAYS]))
-    p = predict(model, x)
+    p = predict(records.load_into(setting.model, _global(content, setting.model)), torch.from_numpy(x))
+    each = score_each(p, y, sizes, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
+    # One answer for the cohort where the server takes that, with a column for each metric.
+    groups = [list(range(len(clients)))] if config.get(records.PARTIAL_MEAN) else [[i] for i in range(len(clients))]
     answers: list[Reply] = []
-    for i, rows in enumerate(_slices(sizes)):
-        labels = y[rows].numpy()
-        metrics = score(p[rows], labels, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
+    ends = np.cumsum(sizes)
+    for group in groups:
+        own = {name: values[group] for name, values in each.items()}
+        examples = [sizes[i] for i in group]
+        metrics: dict[str, Any] = {records.NUM_EXAMPLES: sum(examples), **weighted_means(own, examples)}
         if split == "validation" and task.tuned_threshold:
-            metrics[records.SCORE_COUNTS] = score_counts(p[rows], labels).ravel().tolist()  # type: ignore[assignment]
-        answers.append(([i], _answer({records.NUM_EXAMPLES: sizes[i], **metrics}, {records.CLIENT: [clients[i]]})))
+            rows = slice(ends[group[0]] - sizes[group[0]], ends[group[-1]])
+            metrics[records.SCORE_COUNTS] = score_counts(p[rows], y[rows]).ravel().tolist()
+        columns = {records.CLIENT: [clients[i] for i in group], records.NUM_EXAMPLES: examples}
+        answers.append((group, _answer(metrics, columns | {name: values.tolist() for name, values in own.items()})))
     return answers
 
 
@@ -172,14 +171,9 @@ def _client(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(sizes)
-    return [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
-
-
 def _inputs(
     setting: _Setting, split: str, clients: Sequence[int], config: dict[str, Any]
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Return the cohort's standardised inputs (n, ...), labels (n,) and sizes, client after client."""
     data: Ragged = getattr(setting.data, split)
     parts = [data[client] for client in clients]
@@ -192,7 +186,7 @@ def _inputs(
     else:
         x = np.concatenate([part.x for part in parts])
     y = np.concatenate([part.y for part in parts])
-    return torch.from_numpy(x), torch.from_numpy(y), [len(part) for part in parts]
+    return x, y, [len(part) for part in parts]
 
 
 def _batches(

@@ -113,6 +113,9 @@ class RunConfig(_Section):
     keep: Literal["last", "best"] = Field(
         "last", description="Model to save: the last, or the best on the clients' validation splits."
     )
+    timeout_seconds: float = Field(
+        3600.0, gt=0, description="Seconds that a round's clients have to answer; later replies are left out."
+    )
     baselines: bool = Field(False, description="Also train on pooled data and on each client alone.")
     baseline: Baseline = Baseline()
     engine: Engine = Engine()
@@ -120,6 +123,10 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.engine.address and self.engine.workers == 0:
+            raise ValueError(
+                "engine.address has no effect with engine.workers=0; set engine.workers or drop the address"
+            )
         for key in ("sampled", "evaluated"):
             value = getattr(self, key)
             if value >= 1 and value != int(value):

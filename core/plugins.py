@@ -10,6 +10,14 @@ from typing import Any
 from core.errors import InputError, unknown
 
 
+def installed(group: str) -> dict[str, str]:
+    """Return the names of installed entry points with where each comes from; nothing is imported."""
+    return {
+        point.name: f"{point.value}, installed with {point.dist.name if point.dist else 'a package'}"
+        for point in importlib.metadata.entry_points(group=group)
+    }
+
+
 def load(kind: str, name: str, table: Mapping[str, str], group: str) -> Any:
     """Return the object called `name`: a "module:attr" of `table`, of the entry-point `group`, or `name` itself.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,9 +90,9 @@ def metrics_of(content: RecordDict) -> dict[str, Any]:
     return dict(next(iter(content.metric_records.values()), MetricRecord()))
 
 
-def server_round(content: RecordDict) -> int:
-    """Return the round that Flower's strategies write into the outgoing config; 0 where there is none."""
-    return int(cast(int, config_of(content).get(SERVER_ROUND, 0)))
+def server_round(content: RecordDict) -> int | None:
+    """Return the round that Flower's strategies write into the outgoing config; None where there is none."""
+    return config_of(content).get(SERVER_ROUND)
 
 
 def array_bytes(content: RecordDict) -> int:

@@ -1,7 +1,7 @@
 """Randomness as a function of names: rng(seed, "batches", round, client) is the same stream on every machine.
 
-Nothing in Fedra draws from a global generator, so results cannot depend on how many workers there are, on the
-order in which replies arrive, or on where a run was interrupted.
+Nothing of ours draws from a global generator, and those are seeded anew for each round, so results cannot depend on
+how many workers there are, on the order in which replies arrive, or on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ def derive(seed: int, *path: int | str) -> int:
 
 
 def seed_globals(seed: int, *path: int | str) -> None:
-    """Seed Python's and NumPy's global generators, which Flower's `sample_nodes` and foreign strategies draw from."""
+    """Seed Python's and NumPy's global generators, which Flower's `sample_nodes` and foreign strategies draw from.
+
+    They stay seeded: a program that draws from them after a run must seed them itself.
+    """
     random.seed(derive(seed, "python", *path))
     np.random.seed(derive(seed, "numpy", *path) % 2**32)

@@ -83,6 +83,27 @@ class LocalUpdate:
     """Further numbers for the server, (C,) each."""
 
 
+def assemble(
+    run: RunConfig,
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: np.ndarray,
+    y: np.ndarray,
+    batches: Batches,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    **given: Any,
+) -> LocalRound:
+    """Return a cohort's round as the run is configured; `given` are further fields of `LocalRound`."""
+    fields: dict[str, Any] = {
+        "global_params": travelling(model),
+        "gradient_clip": run.gradient_clip,
+        "vectorised": len(batches.steps) > 1 and can_vectorise(model),
+        **given,
+    }
+    x_, y_ = torch.from_numpy(x), torch.from_numpy(y)
+    return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches, optimizer=optimizer, **fields)
+
+
 LocalUpdateFn = Callable[[LocalRound], LocalUpdate]
 
 
@@ -249,13 +270,15 @@ def learning_rate(config: RunConfig, server_round: int) -> float:
     return config.learning_rate * factor[config.learning_rate_schedule]
 
 
-def make_optimizer(
-    name: str, rate: float, momentum: float = 0.0, weight_decay: float = 0.0
-) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Return a function from parameters to a torch optimiser; one that has no momentum option is not given any."""
+def make_optimizer(config: RunConfig, rate: float, name: str = "") -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """Return a function from parameters to the torch optimiser called `name`, by default the clients' own.
+
+    An optimiser that has no momentum option is not given any.
+    """
+    name = name or config.optimizer
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
-    options: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if name in ("sgd", "rmsprop"):
-        options["momentum"] = momentum
+        options["momentum"] = config.momentum
     return lambda params: OPTIMIZERS[name](params, **options)

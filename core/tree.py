@@ -41,15 +41,16 @@ def packable(value: Any) -> bool:
 
 
 def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, np.generic):
-        return _pack(value.item(), where, arrays)
-    if isinstance(value, np.ndarray):
+    # np.float64 is a float as well, but has a dtype to keep.
+    if isinstance(value, int | float) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
         if where in arrays:
             raise TypeError(f"{where}: two keys have the same name")
         arrays[where] = np.asarray(value, order="C")
-        return {"array": where}
+        return {"array" if isinstance(value, np.ndarray) else "scalar": where}
     if isinstance(value, Array):
         return {"flower-array": _pack(value.numpy(), where, arrays)}
     for kind, record in _RECORDS.items():
@@ -69,6 +70,8 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     [(kind, content)] = value.items()
     if kind == "array":
         return arrays[content]
+    if kind == "scalar":
+        return arrays[content][()]
     if kind == "flower-array":
         return Array(np.asarray(_unpack(content, arrays)))
     if kind in _RECORDS:

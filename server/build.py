@@ -22,9 +22,8 @@ _CLIENT_RATE = ("client-learning-rate", "eta-l")
 def check(config: RunConfig) -> Federation:
     """Return the federation's data after refusing, with `InputError`, whatever would fail later in the run."""
     build_strategy(config)
-    make_optimizer(config.optimizer, config.learning_rate)
-    if config.baseline.optimizer:
-        make_optimizer(config.baseline.optimizer, config.learning_rate)
+    for optimizer in (config.optimizer, config.baseline.optimizer):
+        make_optimizer(config, config.learning_rate, optimizer)
     task = load(config)
     build_model(task, config.seed)
     metric = config.early_stopping.metric
@@ -51,9 +50,13 @@ def build_strategy(config: RunConfig) -> Strategy:
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         if numeric and (isinstance(value, str | bool) or value < 0):
             raise InputError(f"strategy-options.{key}={value!r} is not a number from 0; its default is {default}.")
-    chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
-    chosen |= config.strategy_options
     sampled = config.count(config.sampled)
+    chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
+    if "num-nodes-to-select" in options:
+        # Flower's default of 1 is plain Krum; the paper's m is all that are not malicious.
+        malicious = config.strategy_options.get("num-malicious-nodes", options["num-malicious-nodes"])
+        chosen["num-nodes-to-select"] = sampled - malicious  # type: ignore[operator]
+    chosen |= config.strategy_options
     # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy.
     plumbing = {
         "fraction_train": sampled / config.clients,

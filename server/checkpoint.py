@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
 
@@ -50,6 +49,11 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     for old in folder.glob("round-*"):
         if old != fresh:
             shutil.rmtree(old)
+
+
+def last_round(folder: Path) -> int:
+    """Return the round of the newest checkpoint under `folder`, 0 where there is none."""
+    return max((int(saved.name.removeprefix("round-")) for saved in folder.glob("round-*")), default=0)
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -92,34 +96,11 @@ def restore_strategy(strategy: Strategy, checkpoint: Checkpoint) -> None:
         vars(strategy).update(checkpoint.strategy)
 
 
-class LaterRounds(Strategy):
-    """A strategy that starts after `done` rounds: Flower counts from 1, the strategy inside sees the true round."""
+def count_from(strategy: Strategy, done: int) -> None:
+    """Let a strategy that starts counting at round 1 see the true round, `done` later, whatever its `start` does."""
 
-    def __init__(self, inner: Strategy, done: int) -> None:
-        self.inner, self.done = inner, done
+    def shifted(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda server_round, *arguments, **named: method(server_round + done, *arguments, **named)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the messages of the true round."""
-        return self.inner.configure_train(server_round + self.done, arrays, config, grid)
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the aggregate of the true round."""
-        return self.inner.aggregate_train(server_round + self.done, replies)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the evaluation messages of the true round."""
-        return self.inner.configure_evaluate(server_round + self.done, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the evaluation's aggregate of the true round."""
-        return self.inner.aggregate_evaluate(server_round + self.done, replies)
-
-    def summary(self) -> None:
-        """Log what the strategy inside logs."""
-        self.inner.summary()
+    for name in ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate"):
+        setattr(strategy, name, shifted(getattr(strategy, name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from flwr.serverapp import Grid
 from core import records
 from core.config import RunConfig
 from core.data import Split
-from core.metrics import best_threshold, score, spread
+from core.metrics import best_threshold, score, spread, weighted_means
 from core.seeding import rng
 from tasks import standardise
 from tasks.base import Task, build_model, predict
+
+Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Evaluation:
     validation: dict[str, float]
     """On the clients' validation splits, weighted by examples; nan where there are none."""
     threshold: float
-    each: dict[int, dict[str, float]]
-    """Test metrics by client, for those that evaluated."""
+    each: Columns
+    """Test metrics of every client that evaluated, in the order of the clients, beside their numbers (`client`)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Description:
     constants: dict[str, list[float]]
     order: dict[int, int]
     """Client number by node id."""
+
+    def config(self) -> dict[str, list[float]]:
+        """Return the constants as they stand in a message's config."""
+        return {records.CONSTANTS + name: values for name, values in self.constants.items()}
 
 
 def describe(grid: Grid, task: Task, timeout: float) -> Description:
@@ -83,40 +89,45 @@ class Evaluator:
     def __init__(self, grid: Grid, config: RunConfig, task: Task, central: Split, about: Description) -> None:
         self._grid, self._task = grid, task
         self._model = build_model(task, config.seed)
-        self._constants = {records.CONSTANTS + name: values for name, values in about.constants.items()}
+        self._constants = about.config()
         x = standardise.apply(central.x, about.constants) if about.constants else central.x
         self._central = Split(x, central.y)
         nodes = sorted(about.order, key=about.order.__getitem__)
         chosen = rng(config.seed, "evaluated").permutation(len(nodes))[: config.count(config.evaluated)]
         self._nodes = [nodes[i] for i in sorted(chosen)]
-        self._order = about.order
         self._has_validation = any(sizes[1] for sizes in about.sizes)
 
     def __call__(self, server_round: int, arrays: ArrayRecord, timeout: float) -> Evaluation:
         """Return the evaluation of `arrays`; the threshold comes from validation splits, never from test data."""
         threshold, validation = 0.5, dict.fromkeys(self._task.metrics, float("nan"))
         if self._has_validation:
-            rows = self._ask(server_round, arrays, "validation", threshold, timeout)
+            answers = self._ask(server_round, arrays, "validation", threshold, timeout)
             if self._task.tuned_threshold:
-                threshold = best_threshold(np.sum([row[records.SCORE_COUNTS] for row in rows], axis=0).reshape(2, -1))
+                counts = [records.metrics_of(answer)[records.SCORE_COUNTS] for answer in answers]
+                threshold = best_threshold(np.sum(counts, axis=0).reshape(2, -1))
                 # Only what depends on the threshold changes, but F1 at 0.5 would be a misleading thing to track.
-                rows = self._ask(server_round, arrays, "validation", threshold, timeout)
-            validation = _weighted(rows, self._task.metrics)
-        rows = self._ask(server_round, arrays, "test", threshold, timeout)
-        each = {row[records.CLIENT]: {name: row[name] for name in self._task.metrics} for row in rows}
+                answers = self._ask(server_round, arrays, "validation", threshold, timeout)
+            columns = _columns(answers)
+            validation = weighted_means(self._metrics(columns), columns[records.NUM_EXAMPLES])
+        columns = _columns(self._ask(server_round, arrays, "test", threshold, timeout))
+        each = {records.CLIENT: columns[records.CLIENT], **{name: columns[name] for name in self._task.metrics}}
         records.load_into(self._model, records.to_tensors(arrays))
         p = predict(self._model, torch.from_numpy(self._central.x))
         central = score(p, self._central.y, self._task.metrics, threshold)
-        return Evaluation(central, spread(rows, self._task.metrics), validation, threshold, each)
+        return Evaluation(central, spread(self._metrics(columns)), validation, threshold, each)
+
+    def _metrics(self, columns: Columns) -> dict[str, np.ndarray]:
+        return {name: np.array(columns[name]) for name in self._task.metrics}
 
     def _ask(
         self, server_round: int, arrays: ArrayRecord, split: str, threshold: float, timeout: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[RecordDict]:
         config = ConfigRecord(
             {
                 records.SERVER_ROUND: server_round,
                 records.SPLIT: split,
                 records.THRESHOLD: threshold,
+                records.PARTIAL_MEAN: True,
                 **self._constants,
             }
         )
@@ -126,19 +137,12 @@ class Evaluator:
         if all(reply.has_error() for reply in replies):
             reasons = [str(reply.error.reason) for reply in replies[:3]]
             raise RuntimeError(f"no client could evaluate round {server_round} on its {split} split: {reasons}")
-        return [
-            {**records.metrics_of(reply.content), records.CLIENT: self._order[reply.metadata.src_node_id]}
-            for reply in replies
-            if not reply.has_error()
-        ]
+        return [reply.content for reply in replies if reply.has_content()]
 
 
-def _weighted(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Return each metric's mean over clients weighted by examples; clients where it is nan do not count."""
-    weights = np.array([row[records.NUM_EXAMPLES] for row in rows], dtype=float)
-    out = {}
-    for name in names:
-        values = np.array([row[name] for row in rows])
-        counted = np.isfinite(values) & (weights > 0)
-        out[name] = float(np.average(values[counted], weights=weights[counted])) if counted.any() else float("nan")
-    return out
+def _columns(answers: Sequence[RecordDict]) -> Columns:
+    """Return the columns of all answers, one after the other, sorted by client."""
+    parts = [dict(answer.config_records[records.CLIENTS]) for answer in answers]
+    columns = {name: [value for part in parts for value in cast(list[Any], part[name])] for name in parts[0]}
+    order = np.argsort(columns[records.CLIENT], kind="stable")
+    return {name: [values[i] for i in order] for name, values in columns.items()}

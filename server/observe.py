@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from core import records
 
 
+class RunningMean:
+    """A mean of arrays, weighted, one reply at a time: all together would not fit in memory."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._total: dict[str, np.ndarray] = {}
+
+    def add(self, arrays: Mapping[str, Array], names: Collection[str], weight: float) -> None:
+        """Add the named arrays with a weight."""
+        self._weight += weight
+        for name in names:
+            self._total[name] = self._total.get(name, 0.0) + weight * arrays[name].numpy().astype(np.float64)
+
+    def mean(self) -> dict[str, np.ndarray]:
+        """Return the means, float64; nothing where nothing was added."""
+        return {name: total / self._weight for name, total in self._total.items()}
+
+
+COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
+
+
 @dataclass
 class Observed:
-    """What passed since `take` was last called: a row per client that trained, and why the others did not."""
+    """What passed since `take` was last called: who trained, and why the others did not."""
 
-    clients: list[dict[str, Any]] = field(default_factory=list)
+    clients: dict[str, list[Any]] = field(
+        default_factory=lambda: {key.replace("-", "_"): [] for key in (records.CLIENT, *COLUMNS)}
+    )
+    """A column per number that every client has, `client` first, in the order of the replies."""
     failures: list[dict[str, Any]] = field(default_factory=list)
+    running: RunningMean = field(default_factory=RunningMean)
+    """Of the normalisation statistics of the models that came back."""
     sampled: int = 0
     downlink_bytes: int = 0
     """Bytes of arrays to the clients and, below, back: as if every client had its own connection."""
@@ -32,6 +59,8 @@ class ObservedGrid(Grid):
         self.inner = grid
         self.order: Mapping[int, int] = {}
         """Client number by node id: Flower's node ids are random, and sampling must not depend on them."""
+        self.running: Collection[str] = ()
+        """Names of arrays that are normalisation statistics: their plain mean is observed."""
         self._observed = Observed()
         self._payload: tuple[RecordDict | None, int] = (None, 0)
 
@@ -39,6 +68,11 @@ class ObservedGrid(Grid):
         """Return what was observed since the last call, and start anew."""
         observed, self._observed = self._observed, Observed()
         return observed
+
+    @property
+    def client_states(self) -> dict[int, RecordDict]:
+        """Return the clients' state by node where the wrapped grid keeps it; Flower's nodes keep their own."""
+        return getattr(self.inner, "client_states", {})
 
     def set_run(self, run: Run) -> None:
         """Set the run of the wrapped grid."""
@@ -70,9 +104,9 @@ class ObservedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send the messages, wait for the replies and count both."""
-        replies = self._received(self.inner.send_and_receive(self._sent(messages), timeout=timeout))
+        replies = self.inner.send_and_receive(self._sent(messages), timeout=timeout)
         # Flower's own grids return replies as they arrive; a sum of floats must not depend on that.
-        return sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id))
+        return self._received(sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id)))
 
     def _place(self, node: int) -> int:
         return self.order.get(node, node)
@@ -99,15 +133,15 @@ class ObservedGrid(Grid):
             covered = rows.get(records.CLIENT, [self._place(reply.metadata.src_node_id)])
             self._observed.uplink_bytes += records.array_bytes(content) * len(covered)
             if reply.metadata.message_type == "train":
-                self._observed.clients.extend(_rows(rows, covered, content))
+                self._trained(content, rows, covered)
         return replies
 
-
-def _rows(columns: dict[str, Any], clients: list[int], content: RecordDict) -> list[dict[str, Any]]:
-    metrics = records.metrics_of(content)
-    keys = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
-    table = {key: columns.get(key, [metrics.get(key, float("nan"))] * len(clients)) for key in keys}
-    return [
-        {"client": client, **{key.replace("-", "_"): values[i] for key, values in table.items()}}
-        for i, client in enumerate(clients)
-    ]
+    def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
+        metrics = records.metrics_of(content)
+        self._observed.clients["client"].extend(covered)
+        for key in COLUMNS:
+            values = rows.get(key, [metrics.get(key, float("nan"))] * len(covered))
+            self._observed.clients[key.replace("-", "_")].extend(values)
+        if self.running:
+            [arrays] = content.array_records.values()
+            self._observed.running.add(arrays, self.running, float(metrics[records.NUM_EXAMPLES]))

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +18,11 @@ from safetensors.numpy import save_file
 
 from core.config import RunConfig, read_toml
 from core.errors import InputError
-from server.checkpoint import Checkpoint, load
+from server.checkpoint import Checkpoint, last_round, load
 
 PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
 CLIENT_ROWS = "clients.jsonl"
+Columns = dict[str, list[Any]]
 
 
 def clean(value: Any) -> Any:
@@ -86,10 +86,15 @@ class RunFolder:
             raise InputError(f"{path} is completed; start a new run with: fedra run {path / 'config.toml'}.")
         return folder
 
+    def with_config(self, config: RunConfig) -> RunFolder:
+        """Return this folder with a configuration of which more is decided, and write that down."""
+        if config != self.config:
+            _replace(self.path / "config.toml", config.toml())
+        return RunFolder(self.path, config)
+
     def rounds_done(self) -> int:
         """Return the last checkpoint's round, 0 where there is none."""
-        checkpoint = load(self.checkpoints)
-        return checkpoint.round if checkpoint else 0
+        return last_round(self.checkpoints)
 
     def last_checkpoint(self) -> Checkpoint | None:
         """Return the newest checkpoint and drop the records of later, unfinished rounds."""
@@ -104,10 +109,14 @@ class RunFolder:
                     _replace(path, "".join(whole))
         return checkpoint
 
-    def append_round(self, row: dict[str, Any], clients: Iterable[dict[str, Any]]) -> None:
-        """Append a round's line to rounds.jsonl and its clients' rows beside the checkpoint."""
+    def append_round(self, row: dict[str, Any], trained: Columns, evaluated: Columns) -> None:
+        """Append a round's line to rounds.jsonl, and beside the checkpoint what each client did, column by column.
+
+        Both have a column `client`; a metric of a client's own test split is called test_<metric>.
+        """
         self.checkpoints.mkdir(exist_ok=True)
-        self._append(self.checkpoints / CLIENT_ROWS, {"round": row["round"], "clients": list(clients)})
+        columns = {"round": row["round"], "trained": trained, "evaluated": evaluated}
+        self._append(self.checkpoints / CLIENT_ROWS, columns)
         self._append(self.path / "rounds.jsonl", row)
 
     def write_json(self, name: str, content: Any) -> None:
@@ -117,14 +126,20 @@ class RunFolder:
     def finish(self, arrays: ArrayRecord, summary: dict[str, Any]) -> None:
         """Write model.safetensors, clients.parquet and summary.json."""
         save_file({name: array.numpy() for name, array in arrays.items()}, self.path / "model.safetensors")
-        rows = self.checkpoints / CLIENT_ROWS
-        lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
-        table = [{"round": line["round"], **client} for line in map(json.loads, lines) for client in line["clients"]]
-        # Named even where there is no row: a run that was stopped in its first round has an empty table, not none.
-        columns = dict.fromkeys(["round", "client", "num_examples", "train_loss", "train_seconds"])
-        columns |= dict.fromkeys(column for row in table for column in row)
-        pd.DataFrame(table, columns=list(columns)).to_parquet(self.path / "clients.parquet", index=False)
+        self._client_table().to_parquet(self.path / "clients.parquet", index=False)
         self.write_json("summary.json", summary)
+
+    def _client_table(self) -> pd.DataFrame:
+        """Return a row per round and client that trained or evaluated then, sorted."""
+        trained: Columns = {"round": [], "client": [], "num_examples": [], "train_loss": [], "train_seconds": []}
+        evaluated: Columns = {"round": [], "client": []}
+        rows = self.checkpoints / CLIENT_ROWS
+        for line in map(json.loads, rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []):
+            for table, columns in ((trained, line["trained"]), (evaluated, line["evaluated"])):
+                for name, values in {"round": [line["round"]] * len(columns.get("client", [])), **columns}.items():
+                    table.setdefault(name, []).extend(values)
+        both = pd.DataFrame(trained).merge(pd.DataFrame(evaluated), how="outer", on=["round", "client"])
+        return both.sort_values(["round", "client"], ignore_index=True)
 
     @staticmethod
     def _append(path: Path, row: dict[str, Any]) -> None:

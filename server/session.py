@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
@@ -26,7 +28,6 @@ from tasks import load
 from tasks.base import Task, build_model
 from tasks.source import federation_of
 
-TIMEOUT_SECONDS = 3600.0
 OnRound = Callable[[dict[str, Any]], None]
 
 
@@ -43,6 +44,7 @@ class Session:
         self.strategy: Strategy = build_strategy(config)
         self.model = build_model(self.task, config.seed)
         self.arrays = records.to_arrays(records.travelling(self.model))
+        self.grid.running = self.arrays.keys() - dict(self.model.named_parameters()).keys()
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] = {}
         self.baselines: dict[str, Any] | None = None
@@ -61,19 +63,20 @@ class Session:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
-        constants: dict[str, Any] = {records.CONSTANTS + name: values for name, values in about.constants.items()}
-        strategy = checkpoints.LaterRounds(self.strategy, self.done) if self.done else self.strategy
+        config: dict[str, Any] = {records.PARTIAL_MEAN: makes_partial_means(self.config), **about.config()}
+        if self.done:
+            checkpoints.count_from(self.strategy, self.done)
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()
         self._round_began = time.perf_counter()
         with contextlib.suppress(_StopEarly):
-            strategy.start(
+            self.strategy.start(
                 self.grid,
                 initial_arrays=self.arrays,
                 num_rounds=self.config.rounds - self.done,
-                timeout=TIMEOUT_SECONDS,
-                train_config=ConfigRecord({records.PARTIAL_MEAN: makes_partial_means(self.config), **constants}),
-                evaluate_config=ConfigRecord(constants),
+                timeout=self.config.timeout_seconds,
+                train_config=ConfigRecord(config),
+                evaluate_config=ConfigRecord(config),
                 evaluate_fn=self._end_of_round,
             )
 
@@ -117,7 +120,7 @@ class Session:
         return summary
 
     def _describe(self) -> Description:
-        about = describe(self.grid, self.task, TIMEOUT_SECONDS)
+        about = describe(self.grid, self.task, self.config.timeout_seconds)
         self.grid.order = about.order
         splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
         self.folder.write_json(
@@ -138,10 +141,15 @@ class Session:
         observed = self.grid.take()
         number = self.done + 1
         self._check(observed, arrays, number)
+        if self.grid.running and arrays is not self.arrays and makes_partial_means(self.config):
+            # In place: Flower's loop goes on with this record. An adaptive server step on a variance may be negative.
+            means = {name: torch.from_numpy(mean) for name, mean in observed.running.mean().items()}
+            arrays.update(records.in_dtypes_of(records.to_arrays(means), {name: self.arrays[name] for name in means}))
+        clients = len(observed.clients["client"])
         row: dict[str, Any] = {
             "round": number,
             "seconds": round(seconds, 6),
-            "clients_per_second": round(len(observed.clients) / seconds, 3),
+            "clients_per_second": round(clients / seconds, 3),
             "sampled": observed.sampled,
             "failed": len(observed.failures),
             "failures": observed.failures[:5],
@@ -153,13 +161,15 @@ class Session:
         evaluation: Evaluation | None = None
         if due:
             assert self.evaluate is not None
-            evaluation = self.evaluate(number, arrays, TIMEOUT_SECONDS)
+            evaluation = self.evaluate(number, arrays, self.config.timeout_seconds)
             row |= {key: value for key, value in vars(evaluation).items() if key != "each"}
         evaluating = self.grid.take()
         row["failed_evaluations"] = len(evaluating.failures)
         row |= {key: getattr(observed, key) + getattr(evaluating, key) for key in self.traffic}
-        self.folder.append_round(row, _client_rows(observed.clients, evaluation.each if evaluation else {}))
-        self._commit(number, arrays, evaluation, row, len(observed.clients), seconds)
+        each = evaluation.each if evaluation else {}
+        tests = {name if name == "client" else f"test_{name}": values for name, values in each.items()}
+        self.folder.append_round(row, observed.clients, tests)
+        self._commit(number, arrays, evaluation, row, clients, seconds)
         self._save()
         if self.on_round is not None:
             self.on_round(row)
@@ -210,7 +220,7 @@ class Session:
 
     def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
         """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
-        if observed.sampled and not observed.clients:
+        if observed.sampled and not observed.clients["client"]:
             reasons = "; ".join(failure["reason"] for failure in observed.failures[:3])
             raise RuntimeError(f"all {observed.sampled} clients of round {number} failed: {reasons}")
         if set(arrays) != set(self.arrays):
@@ -228,10 +238,8 @@ class Session:
             "seconds": self.clock.seconds,
             "traffic": self.traffic,
         }
-        states = getattr(self.grid.inner, "client_states", {})
-        checkpoints.save(
-            checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress), self.folder.checkpoints
-        )
+        saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, self.grid.client_states, progress)
+        checkpoints.save(saved, self.folder.checkpoints)
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
         checkpoints.restore_strategy(self.strategy, saved)
@@ -240,21 +248,9 @@ class Session:
         self.best, self.last = progress["best"], progress["last"]
         self.steady, self.traffic = progress["steady"], progress["traffic"]
         self.clock = Clock(progress["seconds"])
-        if hasattr(self.grid.inner, "client_states"):
-            self.grid.inner.client_states.update(saved.client_states)
+        self.grid.client_states.update(saved.client_states)
 
 
 def _mean_loss(observed: Observed) -> float:
-    weights = [row["num_examples"] for row in observed.clients]
-    if not weights:
-        return float("nan")
-    return sum(row["train_loss"] * n for row, n in zip(observed.clients, weights, strict=True)) / sum(weights)
-
-
-def _client_rows(trained: list[dict[str, Any]], each: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
-    """Return a row per client that trained or evaluated; a metric on its own test split stands under test_<name>."""
-    rows = {row["client"]: row for row in trained}
-    for client, metrics in each.items():
-        named = {f"test_{name}": value for name, value in metrics.items()}
-        rows[client] = {**rows.get(client, {"client": client}), **named}
-    return [rows[client] for client in sorted(rows)]
+    weights = observed.clients["num_examples"]
+    return float(np.average(observed.clients["train_loss"], weights=weights)) if weights else float("nan")

@@ -5,7 +5,7 @@ Both need rows that a real federation could not gather, so they exist only in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from core.config import RunConfig
 from core.data import Federation, Split
 from core.metrics import best_threshold, score, score_counts, spread
 from core.seeding import derive, rng
-from core.training import LocalRound, can_vectorise, local_sgd, make_optimizer, plan
+from core.training import assemble, local_sgd, make_optimizer, plan
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict
 
@@ -44,10 +44,10 @@ def train_baselines(config: RunConfig, federation: Federation) -> dict[str, Any]
         rows.append(score(predict(model, torch.from_numpy(splits["central"].x)), test.y, task.metrics, cut))
         x = torch.from_numpy(splits["test"].x)
         own.append(score(predict(model, x), splits["test"].y, task.metrics, cut))
-    local = {name: values["mean"] for name, values in spread(rows, task.metrics).items()}
+    local = {name: values["mean"] for name, values in spread(_columns(rows)).items()}
     return {
         "central": score(predict(central, torch.from_numpy(test.x)), test.y, task.metrics, threshold),
-        "local": {**local, "own_test": spread(own, task.metrics), "each": rows},
+        "local": {**local, "own_test": spread(_columns(own)), "each": rows},
     }
 
 
@@ -56,7 +56,7 @@ def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, ep
     model = build_model(task, config.seed)
     base = config.baseline
     rate = base.learning_rate or config.learning_rate
-    optimizer = make_optimizer(base.optimizer or config.optimizer, rate, config.momentum, config.weight_decay)
+    optimizer = make_optimizer(config, rate, base.optimizer)
     out = []
     for start in range(0, len(splits), COHORT):
         cohort = splits[start : start + COHORT]
@@ -66,20 +66,15 @@ def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, ep
             [generator.permutation(n) for _ in range(epochs or _federated_epochs(config, n))]
             for generator, n in zip(generators, sizes, strict=True)
         ]
-        update = local_sgd(
-            LocalRound(
-                model=model,
-                loss=task.loss,
-                global_params=records.travelling(model),
-                x=torch.from_numpy(np.concatenate([split.x for split in cohort])),
-                y=torch.from_numpy(np.concatenate([split.y for split in cohort])),
-                batches=plan(sizes, config.batch_size, shuffled),
-                optimizer=optimizer,
-                gradient_clip=config.gradient_clip,
-                seed=derive(config.seed, "baseline-model", name, start),
-                vectorised=len(cohort) > 1 and can_vectorise(model),
-            )
-        )
+        together = assemble(
+            config, model, task.loss,
+            np.concatenate([split.x for split in cohort]),
+            np.concatenate([split.y for split in cohort]),
+            plan(sizes, config.batch_size, shuffled),
+            optimizer,
+            seed=derive(config.seed, "baseline-model", name, start),
+        )  # fmt: skip
+        update = local_sgd(together)
         for i in range(len(cohort)):
             weights = {name: tensor[i] for name, tensor in update.params.items()}
             out.append(records.load_into(build_model(task, config.seed), weights))
@@ -90,6 +85,10 @@ def _federated_epochs(config: RunConfig, examples: int) -> int:
     if config.local_steps:
         return max(1, round(config.rounds * config.local_steps * config.batch_size / examples))
     return config.rounds * config.local_epochs
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def _threshold(task: Task, model: torch.nn.Module, validation: Split) -> float:

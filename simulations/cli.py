@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,18 +43,21 @@ def run(
     from server.recorder import RunFolder
     from simulations.progress import Progress
     from simulations.run import preset as load_preset
+    from simulations.run import resume as resume_run
     from simulations.run import simulate
 
     if resume is not None:
         if preset or settings or out:
             raise InputError("--resume continues a run as it was configured; give it no preset, settings or --out.")
         config = RunFolder.resumable(resume).config
+        start = partial(resume_run, resume)
     elif preset:
         config = load_preset(preset, _overrides(settings, out))
+        start = partial(simulate, config)
     else:
         raise InputError("name a preset, a TOML file or --resume RUN; `fedra list` shows the presets.")
     with Progress(config, console) as progress:
-        finished = simulate(config, resume=resume, on_start=progress.start, on_round=progress.round)
+        finished = start(on_start=progress.start, on_round=progress.round)
     progress.summarise(finished)
 
 
@@ -62,7 +66,7 @@ def list_() -> None:
     """Show tasks, strategies, presets, partitions and every setting, a line each."""
     from core.config import keys
     from simulations.run import PRESETS, preset_names
-    from strategies import STRATEGIES
+    from strategies import sentences
     from tasks.catalogue import datasets, tasks
     from tasks.partition import KINDS
 
@@ -70,7 +74,7 @@ def list_() -> None:
         "Presets": {name: _first_comment(PRESETS / f"{name}.toml") for name in preset_names()},
         "Tasks": tasks(),
         "Data sets (dataset=)": datasets(),
-        "Strategies (strategy=)": {name: entry.sentence for name, entry in STRATEGIES.items()},
+        "Strategies (strategy=)": sentences(),
         "Partitions (partition.kind=)": KINDS,
         "Settings (KEY=VALUE)": keys(),
     }
@@ -123,16 +127,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # which is what typer makes of KeyboardInterrupt
+            errors.print("Interrupted.")
+        sys.exit(code)
     except InputError as error:
         errors.print(f"[red]Error:[/red] {escape(str(error))}")
         sys.exit(2)
     except click.ClickException as error:
         errors.print(f"[red]Error:[/red] {escape(error.format_message())} Try 'fedra --help'.")
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("Interrupted.")
-        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("FEDRA_TRACEBACK"):
             raise

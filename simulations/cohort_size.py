@@ -10,10 +10,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from core import records
 from core.config import RunConfig
 from core.data import Federation
-from core.training import LocalRound, can_vectorise, local_sgd, make_optimizer, plan
+from core.training import assemble, can_vectorise, local_sgd, make_optimizer, plan
 from tasks import load
 from tasks.base import build_model
 
@@ -55,16 +54,13 @@ def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.
     clients = [federation.train[i % len(federation)] for i in range(size)]
     few = 4 * config.batch_size
     sizes = [min(len(split), few) for split in clients]
-    cohort = LocalRound(
-        model=model,
-        loss=load(config).loss,
-        global_params=records.travelling(model),
-        x=torch.from_numpy(np.concatenate([split.x[:few] for split in clients])),
-        y=torch.from_numpy(np.concatenate([split.y[:few] for split in clients])),
-        batches=plan(sizes, config.batch_size, [[np.arange(n)] for n in sizes]),
-        optimizer=make_optimizer(config.optimizer, config.learning_rate),
-        vectorised=size > 1,
-    )
+    cohort = assemble(
+        config, model, load(config).loss,
+        np.concatenate([split.x[:few] for split in clients]),
+        np.concatenate([split.y[:few] for split in clients]),
+        plan(sizes, config.batch_size, [[np.arange(n)] for n in sizes]),
+        make_optimizer(config, config.learning_rate),
+    )  # fmt: skip
     first_step = replace(cohort, batches=plan([1] * size, 1, [[np.zeros(1, dtype=np.int64)]] * size))
     local_sgd(first_step)
     began = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from simulations.worker import Job, Result, Worker
 
 OBJECT_STORE_BYTES = 256 * 2**20
 ATTEMPTS = 3
+CONNECT_SECONDS = 3.0
 
 
 class Pool(Protocol):
@@ -100,6 +102,12 @@ class RayPool:
         self._busy: dict[Any, tuple[Any, _Task]] = {}
         self._queue: deque[_Task] = deque()
         self._tickets = itertools.count()
+        try:
+            ray.get([actor.ready.remote() for actor in self._actors])
+        except ray.exceptions.RayActorError as error:
+            # Said once and at once, instead of as the failure of every client of round 1.
+            self.close()
+            raise RuntimeError(f"a worker cannot start: {_cause(error)}") from None
 
     def put(self, content: RecordDict) -> Any:
         return self._ray.put(content)
@@ -163,6 +171,11 @@ class RayPool:
         return Result([([i], error) for i in range(len(task.job.nodes))], {})
 
 
+def _cause(error: Exception) -> str:
+    """Return the last line of a Ray error: what was raised in the actor, without the way there."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
 def start_ray(ray: Any, workers: int, address: str) -> None:
     """Start a small Ray on the loopback address without a dashboard, or join the cluster at `address`."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -170,9 +183,16 @@ def start_ray(ray: Any, workers: int, address: str) -> None:
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address:
         try:
+            if address != "auto":
+                # Ray itself would try for minutes.
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(f"engine.address={address}: no Ray cluster answers there ({error}).") from None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"engine.address={address}: no Ray cluster answers there ({error}); start one with "
+                "`ray start --head` and give its HOST:PORT, or auto for one on this machine."
+            ) from None
         return
     ray.init(
         num_cpus=workers,

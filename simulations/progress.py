@@ -14,6 +14,7 @@ from rich.table import Table
 
 from core.config import RunConfig
 from reports.words import metric, number
+from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
 
@@ -48,7 +49,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if kind is not None and self.folder is not None:
+        if kind is not None and self.folder is not None and RunFolder.open(self.folder).rounds_done():
             self.print(f"Saved up to the last finished round. Continue with: fedra run --resume {self.folder}")
 
     def start(self, folder: Path, config: RunConfig, done: int) -> None:

@@ -94,18 +94,26 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml") if not file.stem.endswith(".strategies"))
 
 
-def simulate(
-    config: RunConfig,
-    *,
-    resume: Path | None = None,
-    on_start: Callable[[Path, RunConfig, int], None] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-) -> Run:
-    """Run the federation and return it; with `resume`, continue in that run folder after its last finished round.
+OnStart = Callable[[Path, RunConfig, int], None]
+OnRound = Callable[[dict[str, Any]], None]
+
+
+def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
+    """Run the federation and return it.
 
     `on_start` hears of the folder, the final configuration and the rounds done before; `on_round` of every line of
     rounds.jsonl. Raises `InputError` before any process starts when the configuration or the data cannot be used.
     """
+    return _run(config, None, on_start, on_round)
+
+
+def resume(path: Path | str, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
+    """Continue the run in a folder after its last finished round and return it; the rest is as in `simulate`."""
+    folder = RunFolder.resumable(Path(path))
+    return _run(folder.config, folder, on_start, on_round)
+
+
+def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, on_round: OnRound | None) -> Run:
     quiet()
     federation = check(config)
     with one_thread():
@@ -113,7 +121,7 @@ def simulate(
     baselines = partial(train_baselines, config, federation) if config.baselines else None
     with one_thread(), engine(config, federation) as grid:
         # Only now: a start that fails or is interrupted leaves no folder behind.
-        folder = RunFolder.create(config) if resume is None else RunFolder(resume.absolute(), config)
+        folder = folder.with_config(config) if folder else RunFolder.create(config)
         if on_start is not None:
             on_start(folder.path, config, folder.rounds_done())
         return Run(folder.path, train(grid, config, folder, baselines=baselines, on_round=on_round))

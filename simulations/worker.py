@@ -51,6 +51,10 @@ class Worker:
         if federation is not None:
             provide(RunConfig.of(run_config), federation)
 
+    def ready(self) -> bool:
+        """Return once the worker is there."""
+        return True
+
     def answer(self, job: Job, content: RecordDict) -> Result:
         """Return the answers of the job's clients to `content`."""
         contexts = [self._context(node, state) for node, state in zip(job.nodes, job.states, strict=True)]

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from core.config import RunConfig
 from core.errors import InputError
+from core.plugins import installed
 from core.plugins import load as load_plugin
 from core.training import LocalUpdateFn, local_sgd
 
@@ -33,7 +34,7 @@ class Entry:
 
 STRATEGIES = {
     "fedavg": Entry(_FLOWER + "FedAvg", "weighted mean of the clients' models (McMahan et al. 2017)", True),
-    "fedavgm": Entry(_FLOWER + "FedAvgM", "FedAvg with server momentum (Hsu et al. 2019)", True),
+    "fedavgm": Entry("strategies.fedopt:FedAvgM", "FedAvg with server momentum (Hsu et al. 2019)", True),
     "fedprox": Entry("strategies.fedprox:FedProx", "FedAvg with a proximal term on clients (Li et al. 2020)", True),
     "fedadam": Entry("strategies.fedopt:FedAdam", "Adam on the server (Reddi et al. 2021)", True),
     "fedyogi": Entry(_FLOWER + "FedYogi", "Yogi on the server (Reddi et al. 2021)", True),
@@ -48,6 +49,8 @@ STRATEGIES = {
     "bulyan": Entry(_FLOWER + "Bulyan", "Krum, then a trimmed mean (El Mhamdi et al. 2018)", False),
 }
 
+GROUP = "fedra.strategies"
+
 # What the server decides from the run's own settings, so that an option cannot contradict them.
 _OURS = {
     "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes",
@@ -56,10 +59,15 @@ _OURS = {
 }  # fmt: skip
 
 
+def sentences() -> dict[str, str]:
+    """Return every strategy's name with a sentence, installed plug-ins too."""
+    return {name: entry.sentence for name, entry in STRATEGIES.items()} | installed(GROUP)
+
+
 def strategy_class(name: str) -> type[Strategy]:
     """Return the strategy class called `name`; `InputError` when there is none."""
     table = {key: entry.target for key, entry in STRATEGIES.items()}
-    found = load_plugin("strategy", name, table, "fedra.strategies")
+    found = load_plugin("strategy", name, table, GROUP)
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
         raise InputError(f"strategy '{name}' is {found!r}, not a subclass of flwr.serverapp.strategy.Strategy.")
     return found

@@ -1,7 +1,8 @@
-"""Adaptive server optimisers as published. Reddi et al., ICLR 2021, algorithm 2.
+"""Server optimisers as published: Reddi et al., ICLR 2021, algorithm 2; momentum: Hsu et al., 2019, section 4.3.
 
-Flower's classes do the work. Its FedAdam adds a bias correction that the paper does not have, and its FedAdagrad drops
-the first moment: here both follow the paper, and `bias-correction` brings Flower's behaviour back.
+Flower's classes do the work. Its FedAvgM has no momentum unless it is given one, its FedAdam adds a bias correction
+that the paper does not have, and its FedAdagrad drops the first moment: here all three follow the paper, and
+`bias-correction` brings Flower's FedAdam back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import strategy
 
 from core.records import in_dtypes_of
+
+
+class FedAvgM(strategy.FedAvgM):
+    """v = beta v + d;  x = x + eta v, with beta = server_momentum and eta = server_learning_rate."""
+
+    def __init__(self, *, server_momentum: float = 0.9, **fedavgm: Any) -> None:
+        super().__init__(server_momentum=server_momentum, **fedavgm)
 
 
 class FedAdam(strategy.FedAdam):

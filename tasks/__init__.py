@@ -6,6 +6,7 @@ from core.config import RunConfig
 from core.plugins import load as load_plugin
 from tasks.base import Task
 
+GROUP = "fedra.tasks"
 TASKS = {
     "medical": "tasks.medical:Medical",
     "fraud": "tasks.fraud:Fraud",
@@ -15,5 +16,5 @@ TASKS = {
 
 def load(config: RunConfig) -> Task:
     """Return the configured task; a third party's comes from the entry-point group `fedra.tasks` or module:attr."""
-    task: Task = load_plugin("task", config.task, TASKS, "fedra.tasks")(config)
+    task: Task = load_plugin("task", config.task, TASKS, GROUP)(config)
     return task

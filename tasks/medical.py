@@ -133,8 +133,13 @@ def _flamby_federation(config: RunConfig) -> Federation:
     FLamby has no validation split, so none is made here: best-model tracking needs another partition.
     """
     trains, tests = [], []
-    for x, y in _hospitals(config):
+    for name, (x, y) in zip(HOSPITALS, _hospitals(config), strict=True):
         counts = np.bincount(y, minlength=2)
+        if counts.min() == 0 or len(y) < 4:
+            raise InputError(
+                f"hospital {name} has {counts[1]} complete rows with heart disease and {counts[0]} without; "
+                "both are needed, and four rows at least: check its file, or choose another partition.kind."
+            )
         train, test = train_test_split(
             np.arange(len(y)),
             test_size=1.0 - 0.66,

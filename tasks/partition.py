@@ -67,9 +67,9 @@ def federate(table: Table, config: RunConfig) -> Federation:
 def deal(table: Table, rest: np.ndarray, config: RunConfig) -> list[np.ndarray]:
     """Return for each client the positions in `rest` that are its own; positions inside a client are sorted."""
     kind = config.partition.kind
-    if kind == "natural":
-        return _natural(table, rest, config.clients)
     columns: dict[str, list[float]] = {"label": table.y[rest].tolist(), "row": list(range(len(rest)))}
+    if kind == "natural":
+        columns["natural"] = _groups(table, rest, config.clients).tolist()
     if kind == "feature":
         feature = table.feature if table.feature is not None else _main_direction(table.x)
         columns["feature"] = feature[rest].tolist()
@@ -106,7 +106,9 @@ def _central_rows(table: Table, seed: int) -> np.ndarray:
     rare = counts[strata] < 2
     # A stratum of one row cannot be split: it joins the largest.
     strata = np.where(rare, counts.argmax(), strata)
-    stratify = strata if np.unique(strata, return_counts=True)[1].min() >= 2 else None
+    found, examples = np.unique(strata, return_counts=True)
+    # scikit-learn wants two rows of each stratum and as many test rows as strata.
+    stratify = strata if examples.min() >= 2 and len(found) <= CENTRAL_SHARE * len(strata) else None
     mask = np.zeros(len(table.y), dtype=bool)
     _, chosen = train_test_split(
         np.arange(len(table.y)),
@@ -118,20 +120,17 @@ def _central_rows(table: Table, seed: int) -> np.ndarray:
     return mask
 
 
-def _natural(table: Table, rest: np.ndarray, clients: int) -> list[np.ndarray]:
+def _groups(table: Table, rest: np.ndarray, clients: int) -> np.ndarray:
+    """Return the natural group of each row in `rest`; `InputError` when there are none or too few."""
     if table.natural is None:
         raise InputError(
             "partition.kind=natural needs data with natural groups and this data set has none; "
             f"choose {', '.join(kind for kind in KINDS if kind != 'natural')}."
         )
-    groups = np.unique(table.natural)
-    if clients > len(groups):
-        raise InputError(
-            f"clients={clients} is more than the {len(groups)} natural groups; set clients={len(groups)} or fewer."
-        )
-    # Fewer clients than groups: groups are dealt round-robin, so that no example is lost.
-    owner = np.searchsorted(groups, table.natural[rest]) % clients
-    return [np.flatnonzero(owner == client) for client in range(clients)]
+    groups = table.natural[rest]
+    if clients > (found := len(np.unique(groups))):
+        raise InputError(f"clients={clients} is more than the {found} natural groups; set clients={found} or fewer.")
+    return groups
 
 
 def _main_direction(x: np.ndarray) -> np.ndarray:
@@ -156,6 +155,8 @@ def _with_flower(columns: dict[str, list[float]], config: RunConfig) -> list[np.
     p, n, clients = config.partition, len(columns["label"]), config.clients
 
     def build(seed: int) -> fds.partitioner.Partitioner:
+        if p.kind == "natural":
+            return fds.NaturalIdPartitioner("natural")
         if p.kind == "iid":
             return fds.IidPartitioner(clients)
         if p.kind == "dirichlet":
@@ -177,8 +178,10 @@ def _with_flower(columns: dict[str, list[float]], config: RunConfig) -> list[np.
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                parts = [partitioner.load_partition(client)["row"] for client in range(clients)]
-            return _with_left_over([np.asarray(part, dtype=np.int64) for part in parts], n)
+                loaded = [partitioner.load_partition(i)["row"] for i in range(partitioner.num_partitions)]
+            parts = [np.asarray(rows, dtype=np.int64) for rows in loaded]
+            # Fewer clients than natural groups: groups are dealt round-robin, so that no example is lost.
+            return _with_left_over([np.concatenate(parts[client::clients]) for client in range(clients)], n)
         except (ValueError, ZeroDivisionError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
     raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def die_once(message: Message, context: Context) -> Message:
 
 popping = ClientApp()
 echoing = ClientApp()
+sleeping = ClientApp()
+
+
+@sleeping.train()
+def sleep_on_partition_one(message: Message, context: Context) -> Message:
+    """Be very late for one client."""
+    if context.node_config["partition-id"] == 1:
+        time.sleep(20)
+    return _reply(message, context, 1.0)
 
 
 @popping.train()

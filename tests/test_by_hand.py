@@ -127,6 +127,13 @@ def test_server_momentum_adds_up() -> None:
     assert _aggregate("fedavgm", [[1.0], [1.0]], rounds=2, **{"server-momentum": 0.5}) == pytest.approx([2.5])
 
 
+def test_defaults_are_not_those_of_a_simpler_rule() -> None:
+    """Momentum 0.9 adds 0.9 to two steps of 1; of seven clients with one attacker Multi-Krum averages six."""
+    assert _aggregate("fedavgm", [[1.0], [1.0]], rounds=2) == pytest.approx([2.9])
+    updates = [[value] for value in (-3.0, 1.0, 2.0, 3.0, 4.5, 5.0, 139.0)]
+    assert _aggregate("multikrum", updates, **{"num-malicious-nodes": 1}) == pytest.approx([12.5 / 6])
+
+
 def test_q_zero_is_the_unweighted_mean() -> None:
     assert _aggregate("qfedavg", [[1.0], [3.0]], q=0.0) == pytest.approx([2.0], rel=1e-5)
 
@@ -167,3 +174,62 @@ def test_cohorts_answer_with_one_mean_where_the_strategy_needs_no_more(smoke: Ca
         assert len(got) == replies
         total = sum(int(reply.content["metrics"]["num-examples"]) for reply in got)
         assert total == federation.train.sizes.sum()
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_normalisation_statistics_are_plain_weighted_means_under_every_server_optimiser(
+    strategy: str, smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server step on a variance could make it negative: after four rounds of Adam it did."""
+    import server.observe
+
+    seen: list[list[RecordDict]] = []
+    real = server.observe.ObservedGrid._received
+
+    def watched(self, replies):  # type: ignore[no-untyped-def]
+        replies = real(self, replies)
+        if replies and replies[0].metadata.message_type == "train":
+            seen.append([reply.content.copy() for reply in replies])
+        return replies
+
+    monkeypatch.setattr(server.observe.ObservedGrid, "_received", watched)
+    run = simulate(smoke(task="foreign_plugins:NormalisedMedical", strategy=strategy, rounds=4, clients=3))
+    weights = [float(content["metrics"]["num-examples"]) for content in seen[-1]]
+    for name in ("1.running_mean", "1.running_var"):
+        values = [content["arrays"][name].numpy() for content in seen[-1]]
+        wanted = np.average(values, axis=0, weights=weights)
+        np.testing.assert_allclose(run.model().state_dict()[name].numpy(), wanted, rtol=1e-5, atol=1e-7)
+    assert np.isfinite(run.metrics["loss"])
+
+
+def test_pooled_and_alone_equal_loops_written_by_hand(smoke: Callable[..., RunConfig]) -> None:
+    config = smoke(clients=2, baselines=True, rounds=2, baseline__epochs=3, momentum=0.5)
+    federation = check(config)
+    task = load(config)
+
+    def trained(x: np.ndarray, y: np.ndarray, name: str, client: int) -> tuple[nn.Module, np.ndarray, np.ndarray]:
+        mean, std = x.mean(0, dtype=np.float64), x.std(0, ddof=1, dtype=np.float64)
+        model = build_model(task, config.seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.5)
+        scaled, labels = torch.from_numpy(((x - mean) / std).astype(np.float32)), torch.from_numpy(y).float()
+        shuffles = rng(config.seed, "baseline", name, client)
+        for _ in range(3):
+            for rows in torch.from_numpy(shuffles.permutation(len(y))).split(config.batch_size):
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(model(scaled[rows]), labels[rows]).backward()
+                optimizer.step()
+        return model, mean, std
+
+    @torch.no_grad()
+    def loss(fitted: tuple[nn.Module, np.ndarray, np.ndarray]) -> float:
+        model, mean, std = fitted
+        x = torch.from_numpy(((federation.central.x - mean) / std).astype(np.float32))
+        return float(F.binary_cross_entropy_with_logits(model(x), torch.from_numpy(federation.central.y).float()))
+
+    train = federation.train
+    baselines = simulate(config).summary["baselines"]
+    assert baselines["central"]["loss"] == pytest.approx(loss(trained(train.x, train.y, "pooled", 0)), abs=1e-5)
+    # A client alone scales by its own constants: nobody else's are known to it.
+    alone = [loss(trained(train[i].x, train[i].y, "alone", i)) for i in range(2)]
+    assert [row["loss"] for row in baselines["local"]["each"]] == pytest.approx(alone, abs=1e-4)
+    assert baselines["local"]["loss"] == pytest.approx(np.mean(alone), abs=1e-4)

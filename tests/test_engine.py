@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import ray
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file
 
 from core.config import RunConfig
+from core.errors import InputError
 from simulations.grid import RayGrid
-from simulations.pool import LocalPool, RayPool
+from simulations.pool import LocalPool, RayPool, start_ray
 from simulations.run import preset, simulate
 from simulations.worker import Worker, node_of
 
@@ -27,14 +33,23 @@ def _train_messages(grid: Grid, nodes: list[int] | None = None) -> list[Message]
     return [Message(content, node, "train") for node in (nodes or grid.get_node_ids())]
 
 
-def test_the_same_bits_with_0_1_2_and_4_workers(ray_session: None, tmp_path: Path) -> None:
-    changes = {"baselines": False, "rounds": 2, "sampled": 7, "engine.cohort-size": 3, "out": str(tmp_path)}
-    models = [
-        load_file(simulate(preset("medical", {**changes, "engine.workers": workers})).path / "model.safetensors")
-        for workers in (0, 1, 2, 4)
-    ]
-    for other in models[1:]:
-        assert all(np.array_equal(models[0][name], other[name]) for name in models[0])
+def test_the_same_bits_and_records_with_0_1_2_and_4_workers(ray_session: None, tmp_path: Path) -> None:
+    changes = {"baselines": False, "rounds": 2, "sampled": 7, "keep": "best", "out": str(tmp_path)}
+    first = simulate(preset("medical", {**changes, "engine.workers": 0})).path
+    # The size that `auto` measured stands in config.toml: with it the run is repeated.
+    assert isinstance(preset(str(first / "config.toml")).engine.cohort_size, int)
+    for workers in (1, 2, 4):
+        other = simulate(preset(str(first / "config.toml"), {"engine.workers": workers})).path
+        a, b = (load_file(run / "model.safetensors") for run in (first, other))
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+        rounds = [[_untimed(json.loads(line)) for line in (run / "rounds.jsonl").open()] for run in (first, other)]
+        assert rounds[0] == rounds[1]
+        tables = [pd.read_parquet(run / "clients.parquet").drop(columns="train_seconds") for run in (first, other)]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def _untimed(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("seconds", "clients_per_second")}
 
 
 def test_a_run_with_partial_means_equals_one_with_every_update(
@@ -85,6 +100,39 @@ def test_a_client_that_raises_is_an_error_reply_and_the_others_answer() -> None:
 def test_replies_later_than_the_timeout_are_left_out() -> None:
     grid = _local("counting", clients=4)
     assert list(grid.send_and_receive(_train_messages(grid), timeout=0)) == []
+
+
+def test_a_late_reply_is_left_out_and_the_others_are_kept(ray_session: None) -> None:
+    pool = RayPool(2, "", ("foreign_apps:sleeping", {}, 4, None))
+    try:
+        grid = RayGrid(pool, 4, cohort_size=1)
+        replies = list(grid.send_and_receive(_train_messages(grid), timeout=3.0))
+    finally:
+        pool.close()
+    assert node_of(1) not in [reply.metadata.src_node_id for reply in replies]
+    assert len(replies) >= 2
+
+
+def test_a_worker_that_cannot_start_says_why_at_once(ray_session: None) -> None:
+    with pytest.raises(RuntimeError, match=r"a worker cannot start: .*no_such_app"):
+        RayPool(2, "", ("foreign_apps:no_such_app", {}, 2, None))
+
+
+def test_an_address_where_nobody_listens_is_refused(smoke: Callable[..., RunConfig]) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # taken, and not listening
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(InputError, match=f"engine.address={address}: no Ray cluster answers there"):
+            start_ray(ray, 1, address)
+        assert time.monotonic() - began < 30
+    with pytest.raises(InputError, match=r"engine\.address has no effect with engine.workers=0"):
+        smoke(engine__address=address)
+
+
+def test_a_strategy_that_does_not_say_the_round_is_told_so(smoke: Callable[..., RunConfig]) -> None:
+    with pytest.raises(RuntimeError, match="sent no 'server-round'; put it into the config in configure_train"):
+        simulate(smoke(strategy="foreign_plugins:Silent"))
 
 
 @pytest.mark.parametrize("always", [False, True])

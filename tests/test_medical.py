@@ -59,6 +59,12 @@ def _copy_with(heart_files: str, tmp_path: Path, change: dict[str, str | None]) 
         ("processed.va.data", "1,2,3,4,5,6,7,8,9,10,11,12,13,0\n1,2,3,x,5,6,7,8,9,10,11,12,13,0\n", ["line 2", "'x'"]),
         ("processed.va.data", "1,2\n1,2,3\n", ["line 2"]),
         ("processed.va.data", "", ["processed.va.data"]),
+        (
+            "processed.va.data",
+            "1,2,3,4,5,6,7,8,9,10,11,12,13,0\n" * 9,
+            ["va has 0 complete rows with heart disease and 9"],
+        ),
+        ("processed.va.data", "1,2,3,4,5,6,7,8,9,10,11,12,13,0\n", ["four rows at least"]),
     ],
 )
 def test_bad_heart_files_are_named(

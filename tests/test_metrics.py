@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from sklearn import metrics as sk
 
-from core.metrics import SCORE_EDGES, best_threshold, score, score_counts, spread
+from core.metrics import SCORE_EDGES, best_threshold, score, score_counts, score_each, spread, weighted_means
 
 BINARY = ("loss", "accuracy", "auroc", "pr_auc", "recall_at_1pct_fpr", "f1", "ece")
 
@@ -65,8 +66,66 @@ def test_the_best_threshold_needs_only_counts_and_counts_add_up() -> None:
 
 
 def test_spread_knows_which_end_is_worst_and_ignores_nan() -> None:
-    rows = [{"loss": 1.0, "auroc": 0.9}, {"loss": 3.0, "auroc": 0.7}, {"loss": 2.0, "auroc": float("nan")}]
-    table = spread(rows, ("loss", "auroc"))
+    table = spread({"loss": np.array([1.0, 3.0, 2.0]), "auroc": np.array([0.9, 0.7, np.nan])})
     assert table["loss"] == {"mean": 2.0, "worst": 3.0, "std": pytest.approx(0.8164966)}
     assert table["auroc"]["worst"] == 0.7
     assert table["auroc"]["mean"] == pytest.approx(0.8)
+
+
+def test_weighted_means_ignore_nan_and_clients_without_examples() -> None:
+    each = {"loss": np.array([1.0, 2.0, np.nan, 9.0]), "auroc": np.full(4, np.nan)}
+    means = weighted_means(each, [1, 3, 5, 0])
+    assert means["loss"] == pytest.approx(1.75)
+    assert math.isnan(means["auroc"])
+
+
+def _sklearn(p: np.ndarray, y: np.ndarray, threshold: float) -> dict[str, float]:
+    both = len(np.unique(y)) == 2
+    fpr, recall, _ = sk.roc_curve(y, p, drop_intermediate=False) if both else ([0.0], [math.nan], None)
+    return {
+        "loss": sk.log_loss(y, np.clip(p, 1e-7, 1 - 1e-7), labels=[0, 1]),
+        "accuracy": sk.accuracy_score(y, p > threshold),
+        "auroc": sk.roc_auc_score(y, p) if both else math.nan,
+        "pr_auc": sk.average_precision_score(y, p) if both else math.nan,
+        "recall_at_1pct_fpr": np.asarray(recall)[np.asarray(fpr) <= 0.01].max(),
+        "f1": sk.f1_score(y, p > threshold, zero_division=0.0) if both else math.nan,
+    }
+
+
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_every_clients_metrics_are_scikit_learns(decimals: int) -> None:
+    """Clients of 0 to 40 rows, with many equal scores (one decimal) and none."""
+    rng = np.random.default_rng(decimals)
+    sizes = rng.integers(0, 40, size=60)
+    y = (rng.random(sizes.sum()) < 0.3).astype(np.int64)
+    p = np.round(np.clip(0.6 * rng.random(len(y)) + 0.3 * y, 0, 1), decimals)
+    each = score_each(p, y, sizes, BINARY, threshold=0.4)
+    for client, (scores, labels) in enumerate(_split(p, y, sizes)):
+        if len(labels) == 0:
+            assert all(math.isnan(values[client]) for values in each.values())
+            continue
+        for name, wanted in _sklearn(scores, labels, 0.4).items():
+            assert each[name][client] == pytest.approx(wanted, abs=1e-12, nan_ok=True), name
+        # The calibration error of one client is that of its rows alone.
+        assert each["ece"][client] == pytest.approx(score(scores, labels, ("ece",))["ece"], abs=1e-12)
+
+
+def test_every_clients_metrics_of_several_classes_are_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 30, size=40)
+    y = rng.integers(0, 3, size=sizes.sum())
+    p = rng.dirichlet([1.0, 1.0, 1.0], size=len(y))
+    each = score_each(p, y, sizes, ("loss", "accuracy", "macro_f1", "auroc"))
+    for client, (scores, labels) in enumerate(_split(p, y, sizes)):
+        present, predicted = np.unique(labels), scores.argmax(axis=1)
+        assert each["loss"][client] == pytest.approx(sk.log_loss(labels, scores, labels=[0, 1, 2]))
+        assert each["accuracy"][client] == pytest.approx(sk.accuracy_score(labels, predicted))
+        f1 = sk.f1_score(labels, predicted, average="macro", labels=present, zero_division=0.0)
+        assert each["macro_f1"][client] == pytest.approx(f1)
+        auroc = sk.roc_auc_score(labels, scores, multi_class="ovr", labels=[0, 1, 2]) if len(present) == 3 else math.nan
+        assert each["auroc"][client] == pytest.approx(auroc, nan_ok=True)
+
+
+def _split(p: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    ends = np.cumsum(sizes)[:-1]
+    return list(zip(np.split(p, ends), np.split(y, ends), strict=True))

@@ -67,6 +67,10 @@ def test_shards_give_a_client_about_two_labels() -> None:
 def test_quantity_skew_changes_sizes_and_not_labels() -> None:
     federation = _federation("quantity", **{"partition.alpha": 0.3})
     assert federation.train.sizes.max() > 3 * federation.train.sizes.min()
+    shares = _label_shares(federation)
+    # Of n rows drawn iid a share strays by about sqrt(p (1 - p) / n) <= 0.5 / sqrt(n): four times that is a skew.
+    stray = np.abs(shares - np.bincount(TABLE.y) / N).max(axis=1)
+    assert (stray < 2 / np.sqrt(federation.train.sizes)).all()
 
 
 def test_feature_shift_sorts_clients_by_strictness() -> None:
@@ -101,6 +105,16 @@ def test_what_cannot_be_dealt_is_refused_with_the_remedy(changes: dict, words: l
         _federation(**changes)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_more_groups_and_labels_than_test_rows_are_still_split() -> None:
+    """Forty rows in twenty groups of two labels: eight test rows cannot hold forty strata."""
+    table = Table(
+        TABLE.x[:80], np.tile([0, 1], 40), natural=np.repeat(np.arange(20), 4), names=tuple("abcdefghijklmnopqrst")
+    )
+    federation = federate(table, RunConfig.of({"clients": 20, "partition.min-examples": 1}))
+    assert len(federation) == 20
+    assert len(federation.central) == 16
 
 
 def test_one_label_is_refused() -> None:

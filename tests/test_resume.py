@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from core.config import RunConfig
 from core.errors import InputError
+from server.checkpoint import load as load_checkpoint
 from server.recorder import RunFolder
-from simulations.run import preset, simulate
+from simulations.run import preset, resume, simulate
 
 METRICS = ("round", "train_loss", "central", "clients", "validation", "uplink_bytes", "downlink_bytes")
 
@@ -55,7 +56,7 @@ def test_a_resumed_run_ends_with_the_same_bits(strategy: str, smoke: Callable[..
         changes["strategy_options__server_momentum"] = 0.9
     whole = simulate(smoke(**changes)).path
     folder = _stopped_after(smoke(**changes), 2)
-    resumed = simulate(RunFolder.resumable(folder).config, resume=folder)
+    resumed = resume(folder)
     assert resumed.path == folder
     _assert_same(whole, folder)
     assert load_clients(folder)["train_loss"].notna().sum() == 4 * 3
@@ -75,15 +76,41 @@ def test_client_state_is_resumed_too(heart_files: str, tmp_path: Path) -> None:
     }  # fmt: skip
     whole = simulate(preset("heart", changes)).path
     folder = _stopped_after(preset("heart", changes), 1)
-    simulate(RunFolder.resumable(folder).config, resume=folder)
+    resume(folder)
     _assert_same(whole, folder)
+
+
+def test_a_strategy_with_its_own_start_keeps_it_and_counts_on(smoke: Callable[..., RunConfig]) -> None:
+    own = {"strategy": "foreign_plugins:OwnStart", "rounds": 4, "sampled": 3}
+    whole = simulate(smoke(**own)).path
+    folder = _stopped_after(smoke(**own), 2)
+    resume(folder)
+    _assert_same(whole, folder)
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    assert checkpoint is not None
+    assert checkpoint.strategy["rounds"] == [1, 2, 3, 4]
+    assert checkpoint.strategy["starts"] == 2
+    assert checkpoint.strategy["starts"].dtype == np.float32
+
+
+def test_a_run_that_is_interrupted_while_it_starts_leaves_no_folder(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.run.measure", interrupted)
+    config = smoke()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config)
+    assert not Path(config.out).exists()
 
 
 def test_half_a_line_left_by_a_kill_is_dropped(smoke: Callable[..., RunConfig]) -> None:
     folder = _stopped_after(smoke(), 2)
     with (folder / "rounds.jsonl").open("a") as file:
         file.write('{"round": 3, "secon')
-    simulate(RunFolder.resumable(folder).config, resume=folder)
+    resume(folder)
     assert [json.loads(line)["round"] for line in (folder / "rounds.jsonl").open()] == [1, 2, 3]
 
 
@@ -100,7 +127,7 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(smoke: Callable[..., RunCo
     [state] = folder.glob("checkpoint/round-*/state.json")
     state.write_text(state.read_text().replace('["unsaved", {"list": []}]', '["unsaved", {"list": ["queue"]}]'))
     with pytest.raises(InputError, match="cannot be resumed: its strategy keeps queue"):
-        simulate(RunFolder.resumable(folder).config, resume=folder)
+        resume(folder)
     assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 
@@ -131,11 +158,10 @@ def test_a_run_interrupted_while_it_evaluates_describes_the_model_it_saved(
 def test_a_damaged_checkpoint_is_one_sentence_with_the_way_out(smoke: Callable[..., RunConfig]) -> None:
     folder = _stopped_after(smoke(), 2)
     (folder / "summary.json").write_text("{")
-    config = RunFolder.resumable(folder).config
     for damage in (lambda file: file.write_bytes(b"\0" * 9), Path.unlink):
         damage(next(folder.glob("checkpoint/round-*/state.safetensors")))
         with pytest.raises(InputError, match=r"checkpoint .* cannot be read .* fedra run .*config\.toml"):
-            simulate(config, resume=folder)
+            resume(folder)
 
 
 def _fedra(*arguments: str) -> subprocess.Popen[str]:

@@ -71,9 +71,15 @@ def test_fedadam_takes_the_published_step_without_bias_correction(smoke: Callabl
 
 
 def test_early_stopping_ends_the_run_and_says_why(smoke: Callable[..., RunConfig]) -> None:
-    run = simulate(smoke(rounds=50, learning_rate=1e-9, early_stopping__metric="loss", early_stopping__patience=2))
-    assert run.summary["rounds"] < 10
-    assert "no better loss" in run.summary["stopped_by"]
+    rows: list[dict] = []
+    patience = {"early_stopping__metric": "loss", "early_stopping__patience": 2}
+    run = simulate(smoke(rounds=50, learning_rate=3.0, **patience), on_round=rows.append)
+    losses = [row["validation"]["loss"] for row in rows]
+    best = int(np.argmin(losses))
+    # The first time that two evaluations in a row were no better than the best before them.
+    assert len(losses) == best + 1 + 2 < 50
+    assert all(min(losses[i + 1 : i + 3]) < min(losses[: i + 1]) for i in range(best))
+    assert run.summary["stopped_by"] == "no better loss for 2 evaluations"
     assert run.summary["status"] == "completed"
 
 
@@ -81,8 +87,11 @@ def test_keep_best_saves_the_model_of_the_best_validation_loss(smoke: Callable[.
     rows: list[dict] = []
     run = simulate(smoke(rounds=6, learning_rate=3.0, keep="best"), on_round=rows.append)
     best = min(rows, key=lambda row: row["validation"]["loss"])
+    assert best["round"] < 6
     assert run.summary["best"]["round"] == best["round"]
     assert run.metrics == best["central"]
+    until_then = simulate(smoke(rounds=best["round"], learning_rate=3.0)).model().state_dict()
+    assert all(np.array_equal(tensor, until_then[name]) for name, tensor in run.model().state_dict().items())
 
 
 def test_evaluate_every_skips_rounds_but_never_the_last(smoke: Callable[..., RunConfig]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.records import to_arrays, to_tensors, travelling
 from core.training import (
+    Batches,
     LocalRound,
     can_vectorise,
     global_loss,
@@ -67,7 +68,9 @@ def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object
     rng = np.random.default_rng(0)
     batches = plan(SIZES, BATCH, [[rng.permutation(n) for _ in range(epochs)] for n in SIZES])
     weights = {key: tensor.clone() for key, tensor in travelling(model).items()}
-    made = make_optimizer(optimizer, 0.1 if optimizer == "sgd" else 0.01, momentum=0.9, weight_decay=0.01)
+    made = make_optimizer(
+        RunConfig(optimizer=optimizer, momentum=0.9, weight_decay=0.01), 0.1 if optimizer == "sgd" else 0.01
+    )
     return replace(LocalRound(model, classification_loss, weights, x, y, batches, made), **changes)  # type: ignore[arg-type]
 
 
@@ -207,3 +210,20 @@ def test_a_scalar_parameter_keeps_its_shape_on_the_way(vectorised: bool) -> None
     assert weights["slope"].shape == ()
     r = replace(_round("mlp"), model=model, global_params=weights, vectorised=vectorised, gradient_clip=0.5)
     _assert_equal(r)
+
+
+def test_dropout_differs_between_clients_and_rounds_and_not_between_runs() -> None:
+    def trained(seed: int) -> torch.Tensor:
+        r = _round("mlp", epochs=1)
+        dropping = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Flatten(0))
+        rows = torch.arange(7).repeat(r.batches.rows.shape[1], 1).unsqueeze(0)
+        # Every client has the same seven examples in one batch: only the masks can tell them apart.
+        batches = Batches(rows, torch.ones(rows.shape), torch.ones(rows.shape[1], dtype=torch.int64))
+        weights = {name: torch.full_like(p, 0.1) for name, p in dropping.named_parameters()}
+        changed = replace(r, model=dropping, global_params=weights, batches=batches, seed=seed)
+        return torch.stack([p.flatten(1).sum(1) for p in local_sgd(changed).params.values()]).sum(0)
+
+    first, again, other = trained(1), trained(1), trained(2)
+    assert torch.equal(first, again)
+    assert len(first.unique()) == len(first)
+    assert not torch.isin(first, other).any()

@@ -1,0 +1,54 @@
+"""Somebody else's strategies and tasks, named module:attr by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+from torch import nn
+
+from tasks.medical import Medical
+
+
+class OwnStart(FedAvg):
+    """Overrides `start`, and remembers a NumPy number and which rounds it saw."""
+
+    def __init__(self, **fedavg: Any) -> None:
+        super().__init__(**fedavg)
+        self.starts, self.rounds = np.float32(0), []
+
+    def start(self, *arguments: Any, **named: Any) -> Result:
+        """Count the call, then run Flower's loop."""
+        self.starts += np.float32(1)
+        return super().start(*arguments, **named)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Note the round."""
+        self.rounds.append(server_round)
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+class Silent(FedAvg):
+    """Forgets to say which round it is."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Drop the round from the config."""
+        for message in super().configure_train(server_round, arrays, config, grid):
+            message.content["config"].pop("server-round", None)
+            yield message
+
+
+class NormalisedMedical(Medical):
+    """The medical task with a batch-normalised network."""
+
+    def model(self) -> nn.Module:
+        """Return the network."""
+        return nn.Sequential(nn.Linear(30, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
