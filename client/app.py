@@ -99,7 +99,8 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     answers: list[Reply] = [(group, _trained(update, group, clients, sizes, seconds)) for group in groups]
     # A model that is not finite would poison every mean it enters: it is this client's error, not everyone's.
     refused = [i for i, ok in enumerate(finite) if not ok]
-    return answers + [([i], _error(f"client {clients[i]}: the trained model is not finite")) for i in refused]
+    reason = "the trained model is not finite; lower learning-rate or set gradient-clip"
+    return answers + [([i], _error(f"client {clients[i]}: {reason}")) for i in refused]
 
 
 def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:

@@ -13,6 +13,7 @@ class InputError(ValueError):
 def unknown(kind: str, value: str, choices: Iterable[str]) -> InputError:
     """Return the error for a name that is not among `choices`, with the nearest one as a suggestion."""
     names = sorted(choices)
-    near = get_close_matches(value, names, n=1)
+    # alpha is partition.alpha, learning_rate is learning-rate: what people leave out or write as in Python.
+    near = [name for name in names if name.endswith(f".{value}")] or get_close_matches(value, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return InputError(f"unknown {kind} '{value}'; {hint}Choices: {', '.join(names) or 'none'}.")

@@ -52,10 +52,6 @@ def build_strategy(config: RunConfig) -> Strategy:
             raise InputError(f"strategy-options.{key}={value!r} is not a number from 0; its default is {default}.")
     sampled = config.count(config.sampled)
     chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
-    if "num-nodes-to-select" in options:
-        # Flower's default of 1 is plain Krum; the paper's m is all that are not malicious.
-        malicious = config.strategy_options.get("num-malicious-nodes", options["num-malicious-nodes"])
-        chosen["num-nodes-to-select"] = sampled - malicious  # type: ignore[operator]
     chosen |= config.strategy_options
     # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy.
     plumbing = {

@@ -221,8 +221,8 @@ class Session:
     def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
         """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
         if observed.sampled and not observed.clients["client"]:
-            reasons = "; ".join(failure["reason"] for failure in observed.failures[:3])
-            raise RuntimeError(f"all {observed.sampled} clients of round {number} failed: {reasons}")
+            reason = observed.failures[0]["reason"] if observed.failures else "none answered in timeout-seconds"
+            raise RuntimeError(f"all {observed.sampled} clients of round {number} failed; the first: {reason}")
         if set(arrays) != set(self.arrays):
             raise RuntimeError(
                 f"strategy '{self.config.strategy}' returned arrays {sorted(arrays)} in round {number}, "

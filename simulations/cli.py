@@ -29,7 +29,7 @@ Preset = Annotated[str, typer.Argument(metavar="PRESET|FILE.toml", help="A name 
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, named as in presets.")]
 Out = Annotated[str, typer.Option(metavar="DIR", help="Folder for run folders; runs by default.")]
 INTERRUPTED = 130
-console = Console()
+console = Console(emoji=False)
 
 
 @app.command()
@@ -74,7 +74,7 @@ def list_() -> None:
         "Presets": {name: _first_comment(PRESETS / f"{name}.toml") for name in preset_names()},
         "Tasks": tasks(),
         "Data sets (dataset=)": datasets(),
-        "Strategies (strategy=)": sentences(),
+        "Strategies (strategy=), each with its strategy-options.": sentences(),
         "Partitions (partition.kind=)": KINDS,
         "Settings (KEY=VALUE)": keys(),
     }
@@ -123,7 +123,7 @@ def main() -> None:
     """Run the command line; exit code 0 done, 2 wrong input (one sentence), 1 failed, 130 interrupted."""
     # As with `python -m`: a strategy named module:attr may lie in the folder one stands in.
     sys.path.insert(0, os.getcwd())
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -133,6 +133,12 @@ def main() -> None:
         sys.exit(code)
     except InputError as error:
         errors.print(f"[red]Error:[/red] {escape(str(error))}")
+        sys.exit(2)
+    except click.exceptions.NoArgsIsHelpError:
+        sys.exit(2)
+    except click.NoSuchOption as error:
+        hint = "settings are written KEY=VALUE without dashes, for example rounds=5"
+        errors.print(f"[red]Error:[/red] No such option {escape(error.option_name)}; {hint}. Try 'fedra --help'.")
         sys.exit(2)
     except click.ClickException as error:
         errors.print(f"[red]Error:[/red] {escape(error.format_message())} Try 'fedra --help'.")

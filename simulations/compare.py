@@ -13,8 +13,7 @@ from rich.table import Table
 from core.config import RunConfig
 from core.errors import InputError
 from reports.compare import table, write_comparison
-from server.build import check
-from simulations.run import preset, quiet, simulate
+from simulations.run import check_run, preset, quiet, simulate
 
 
 def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
@@ -29,7 +28,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     if not isinstance(seeds, int) or seeds < 1:
         raise InputError(f"seeds={seeds} is not a whole number from 1; write for example seeds=3.")
     plain = preset(name, {key: value for key, value in overrides.items() if key not in ("strategy", "seed")})
-    strategies = str(overrides.pop("strategy", plain.strategy)).split(",")
+    strategies = list(dict.fromkeys(str(overrides.pop("strategy", plain.strategy)).split(",")))
     first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
     configs = [
         preset(name, {**overrides, "strategy": strategy, "seed": seed})
@@ -37,7 +36,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
         for seed in range(first, first + seeds)
     ]
     for config in configs:
-        check(config)
+        check_run(config)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
     rows = []
     for number, config in enumerate(configs, start=1):

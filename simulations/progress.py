@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from core.config import RunConfig
-from reports.words import metric, number
+from reports.words import metric, number, plural
 from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
@@ -57,10 +57,13 @@ class Progress:
         self.folder = folder
         self.config = config
         workers = worker_count(config)
-        where = f"{workers} Ray workers" if workers else "this process"
+        where = plural(workers, "Ray worker") if workers else "this process"
+        sampled = config.count(config.sampled)
+        assert isinstance(config.engine.cohort_size, int)
         self.print(
-            f"{config.task} with {config.strategy}: {config.clients} clients, {config.count(config.sampled)} a round, "
-            f"{config.rounds} rounds, seed {config.seed}; cohorts of {config.engine.cohort_size} in {where}."
+            f"{config.task} with {config.strategy}: {plural(config.clients, 'client')}, {sampled} a round, "
+            f"{plural(config.rounds, 'round')}, seed {config.seed}; "
+            f"cohorts of {min(config.engine.cohort_size, sampled)} in {where}."
         )
         if done:
             self.print(f"Resumed after round {done}.")
@@ -108,7 +111,7 @@ class Progress:
             table.add_row(title, *(number(metrics.get(name), 4) for name in self.metrics))
         self.console.print(table)
         stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
-        self.print(f"{summary['status']} {summary['rounds']} rounds in {summary['seconds']:.1f} s{stopped}")
+        self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
         self.print("Privacy: none; updates leave clients in clear.")
         self.print(f"Run folder: {run.path}")
         self.print(f"Report:     {run.path / 'report.html'}")

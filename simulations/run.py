@@ -21,6 +21,7 @@ from core.config import RunConfig, dotted, read_toml
 from core.data import Federation
 from core.errors import InputError, unknown
 from core.records import load_into
+from reports.words import plural
 from server.app import train
 from server.build import check
 from server.recorder import RunFolder
@@ -34,6 +35,7 @@ from tasks.base import build_model, predict
 
 PRESETS = Path(__file__).parent / "presets"
 CLIENT_APP = "client.app:app"
+WORKERS_PER_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def resume(path: Path | str, *, on_start: OnStart | None = None, on_round: OnRou
 
 def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, on_round: OnRound | None) -> Run:
     quiet()
-    federation = check(config)
+    federation = check_run(config)
     with one_thread():
         config = measure(config, federation)
     baselines = partial(train_baselines, config, federation) if config.baselines else None
@@ -156,11 +158,24 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def check_run(config: RunConfig) -> Federation:
+    """Return the federation's data after refusing, with `InputError`, what would fail later here."""
+    worker_count(config)
+    return check(config)
+
+
 def worker_count(config: RunConfig) -> int:
     """Return how many workers to start: `auto` is one a core, but no more than there are clients a round."""
-    if config.engine.workers == "auto":
-        return min(os.cpu_count() or 1, config.count(config.sampled))
-    return config.engine.workers
+    cores, sampled = os.cpu_count() or 1, config.count(config.sampled)
+    workers = min(cores, sampled) if config.engine.workers == "auto" else config.engine.workers
+    # Every worker is a process with torch in it: hundreds of megabytes, and seconds to start.
+    most = sampled if config.engine.address else min(sampled, WORKERS_PER_CORE * cores)
+    if workers > most:
+        raise InputError(
+            f"engine.workers={workers} is more than {most} "
+            f"({plural(sampled, 'client')} a round, {plural(cores, 'core')}); set engine.workers={most} or fewer, or auto."
+        )
+    return workers
 
 
 def quiet() -> None:

@@ -45,7 +45,9 @@ STRATEGIES = {
     "fedmedian": Entry(_FLOWER + "FedMedian", "coordinate-wise median (Yin et al. 2018)", False),
     "fedtrimmedavg": Entry(_FLOWER + "FedTrimmedAvg", "coordinate-wise trimmed mean (Yin et al. 2018)", False),
     "krum": Entry(_FLOWER + "Krum", "the model nearest to its neighbours (Blanchard et al. 2017)", False),
-    "multikrum": Entry(_FLOWER + "MultiKrum", "mean of the models Krum ranks first (Blanchard et al. 2017)", False),
+    "multikrum": Entry(
+        "strategies.multikrum:MultiKrum", "mean of the models Krum ranks first (Blanchard et al. 2017)", False
+    ),
     "bulyan": Entry(_FLOWER + "Bulyan", "Krum, then a trimmed mean (El Mhamdi et al. 2018)", False),
 }
 
@@ -60,8 +62,15 @@ _OURS = {
 
 
 def sentences() -> dict[str, str]:
-    """Return every strategy's name with a sentence, installed plug-ins too."""
-    return {name: entry.sentence for name, entry in STRATEGIES.items()} | installed(GROUP)
+    """Return every strategy's name with a sentence and its options; installed plug-ins too."""
+    ours = {name: f"{entry.sentence}{_options(name)}" for name, entry in STRATEGIES.items()}
+    return ours | installed(GROUP)
+
+
+def _options(name: str) -> str:
+    defaults = options_of(strategy_class(name)).items()
+    shown = [key if value is inspect.Parameter.empty else f"{key}={value}" for key, value in defaults]
+    return f"; {', '.join(shown)}" if shown else ""
 
 
 def strategy_class(name: str) -> type[Strategy]:

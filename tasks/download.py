@@ -27,6 +27,9 @@ def locate(name: str, data_dir: str, sources: Mapping[str, tuple[str, str]]) -> 
     """
     if data_dir:
         folder = Path(data_dir)
+        if not folder.is_dir():
+            needed = ", ".join(sources)
+            raise InputError(f"data-dir={data_dir} is not a folder; data set '{name}' needs {needed} in it.")
         for file in sources:
             if not (folder / file).is_file():
                 raise InputError(f"data set '{name}' needs the file {file}, which is not in data-dir={data_dir}.")

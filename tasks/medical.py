@@ -92,16 +92,18 @@ def read_hospital(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Columns 10, 11 and 12 are almost always missing outside Cleveland and are dropped first, as in FLamby.
     """
     try:
-        frame = pd.read_csv(path, header=None, na_values="?")
+        frame = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as CSV: {str(error).strip()}.") from None
     if frame.shape[1] != _COLUMNS:
         raise InputError(f"{path} has {frame.shape[1]} columns, expected {_COLUMNS}: is it a processed.*.data file?")
+    frame = frame[(frame != "").any(axis=1)]
     numbers = frame.apply(pd.to_numeric, errors="coerce")
-    wrong = numbers.isna() & frame.notna()
+    wrong = numbers.isna() & (frame != "?")
     if wrong.to_numpy().any():
         line, column = np.argwhere(wrong.to_numpy())[0]
-        raise InputError(f"{path} line {line + 1}, column {column}: {frame.iat[line, column]!r} is not a number.")
+        where = f"{path} line {frame.index[line] + 1}, column {column}"
+        raise InputError(f"{where}: {frame.iat[line, column]!r} is not a number.")
     kept = numbers.drop(columns=[10, 11, 12]).dropna()
     y = (kept[13] != 0).to_numpy(dtype=np.int64)
     plain = kept.drop(columns=[13, *_LEVELS]).to_numpy(dtype=np.float32)

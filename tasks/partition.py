@@ -50,7 +50,7 @@ def federate(table: Table, config: RunConfig) -> Federation:
     if least < config.partition.min_examples:
         raise InputError(
             f"a client would get {least} examples, fewer than partition.min-examples={config.partition.min_examples}; "
-            "lower it, lower clients, or raise partition.alpha."
+            f"lower it, lower clients{_or_alpha(config)}."
         )
     splits = [split_rows(table.y[rows], rng(config.seed, "splits", i)) for i, rows in enumerate(parts)]
 
@@ -74,6 +74,10 @@ def deal(table: Table, rest: np.ndarray, config: RunConfig) -> list[np.ndarray]:
         feature = table.feature if table.feature is not None else _main_direction(table.x)
         columns["feature"] = feature[rest].tolist()
     return _with_flower(columns, config)
+
+
+def _or_alpha(config: RunConfig) -> str:
+    return ", or raise partition.alpha" if config.partition.kind in ("dirichlet", "quantity", "mixed") else ""
 
 
 def split_rows(y: np.ndarray, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -186,7 +190,7 @@ def _with_flower(columns: dict[str, list[float]], config: RunConfig) -> list[np.
             reason = str(error).splitlines()[0].rstrip(".")
     raise InputError(
         f"partition.kind={p.kind} cannot deal {n} examples to {clients} clients ({reason}); "
-        "raise partition.alpha, or lower clients or partition.min-examples."
+        f"lower clients or partition.min-examples{_or_alpha(config)}."
     )
 
 

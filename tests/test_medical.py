@@ -58,6 +58,7 @@ def _copy_with(heart_files: str, tmp_path: Path, change: dict[str, str | None]) 
         ("processed.va.data", "1,2,3\n", ["3 columns, expected 14"]),
         ("processed.va.data", "1,2,3,4,5,6,7,8,9,10,11,12,13,0\n1,2,3,x,5,6,7,8,9,10,11,12,13,0\n", ["line 2", "'x'"]),
         ("processed.va.data", "1,2\n1,2,3\n", ["line 2"]),
+        ("processed.va.data", "1,2,3,4,5,6,7,8,9,10,11,12,13,0\n1,2,3\n", ["line 2, column 3: '' is not a number"]),
         ("processed.va.data", "", ["processed.va.data"]),
         (
             "processed.va.data",

@@ -108,7 +108,7 @@ def test_what_cannot_be_dealt_is_refused_with_the_remedy(changes: dict, words: l
 
 
 def test_more_groups_and_labels_than_test_rows_are_still_split() -> None:
-    """Forty rows in twenty groups of two labels: eight test rows cannot hold forty strata."""
+    """Eighty rows in twenty groups of two labels: sixteen test rows cannot hold forty strata."""
     table = Table(
         TABLE.x[:80], np.tile([0, 1], 40), natural=np.repeat(np.arange(20), 4), names=tuple("abcdefghijklmnopqrst")
     )
