@@ -187,17 +187,17 @@ def best_threshold(counts: np.ndarray) -> float:
 
 
 def spread(each: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Return mean, worst and std over clients of each metric (C,); clients where it is nan do not count."""
-    out = {}
+    """Return mean, worst and std over clients of each metric (C,), and how many clients have it: nan does not count."""
+    out: dict[str, dict[str, float]] = {}
     for name, values in each.items():
         values = values[np.isfinite(values)]
-        worst = values.min if HIGHER_IS_BETTER.get(name, True) else values.max
-        empty = {"mean": float("nan"), "worst": float("nan"), "std": float("nan")}
-        out[name] = (
-            {"mean": float(values.mean()), "worst": float(worst()), "std": float(values.std())}
-            if len(values)
-            else empty
-        )
+        if not len(values):
+            out[name] = {"mean": float("nan"), "worst": float("nan"), "std": float("nan"), "clients": 0}
+            continue
+        worst = values.min() if HIGHER_IS_BETTER.get(name, True) else values.max()
+        out[name] = {
+            "mean": float(values.mean()), "worst": float(worst), "std": float(values.std()), "clients": len(values),
+        }  # fmt: skip
     return out
 
 

@@ -81,8 +81,8 @@ def federation(run: RunData) -> Section | None:
         for n in ordered(federated)
     ]
     headings = ["On the central test set", "Clients alone, mean", "Federated", "Pooled data", "Gap closed"]
-    parts = [_verdict(alone, federated, pooled), markup.table(headings, rows, even=True)]
     own, clients = alone.get("own_test") or {}, run.summary.get("clients_metrics") or {}
+    parts = [_verdict(alone, federated, pooled), _at_home(own, clients), markup.table(headings, rows, even=True)]
     if own:
         both = [(name, own.get(name) or {}, clients[name]) for name in ordered(clients)]
         cells = [
@@ -159,7 +159,12 @@ def speed(run: RunData) -> Section | None:
 
 def _of_clients(summary: Mapping[str, Any], name: str) -> str:
     mean, worst = (nested(summary, "clients_metrics", name, part) for part in ("mean", "worst"))
-    return f"clients: mean {number(mean)}, worst {number(worst)}" if finite(mean) is not None else "central test set"
+    if finite(mean) is None:
+        return "central test set"
+    counted, evaluated = nested(summary, "clients_metrics", name, "clients"), summary.get("clients")
+    # A metric that needs both classes leaves out clients whose few test rows have one.
+    few = f", over {counted} of {evaluated}" if counted and evaluated and counted < evaluated else ""
+    return f"clients: mean {number(mean)}, worst {number(worst)}{few}"
 
 
 def _privacy(summary: Mapping[str, Any]) -> Html:
@@ -199,6 +204,18 @@ def _verdict(alone: Mapping[str, Any], federated: Mapping[str, Any], pooled: Map
     if finite(pooled.get(name)) is not None:
         parts.append(f"; one model on all data in one place {number(pooled[name])}")
     return paragraph(*parts, ".")
+
+
+def _at_home(own: Mapping[str, Any], clients: Mapping[str, Any]) -> Html:
+    """Return how the clients fare on their own rows, where a model of their own is hardest to beat."""
+    for name in ordered(clients):
+        alone, federated = ((side.get(name) or {}).get("mean") for side in (own, clients))
+        if finite(alone) is not None and finite(federated) is not None:
+            return paragraph(
+                f"On the clients' own test splits: {metric(name).title} {number(federated)} federated, "
+                f"{number(alone)} alone, on average."
+            )
+    return join([])
 
 
 def _gap_closed(name: str, alone: Mapping[str, Any], federated: Mapping[str, Any], pooled: Mapping[str, Any]) -> str:

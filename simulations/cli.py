@@ -64,19 +64,20 @@ def run(
 @app.command(name="list")
 def list_() -> None:
     """Show tasks, strategies, presets, partitions and every setting, a line each."""
-    from core.config import keys
+    from core.config import RunConfig, keys
     from simulations.run import PRESETS, preset_names
     from strategies import sentences
     from tasks.catalogue import datasets, tasks
     from tasks.partition import KINDS
 
+    defaults = RunConfig().flat()
     sections: dict[str, Mapping[str, str]] = {
         "Presets": {name: _first_comment(PRESETS / f"{name}.toml") for name in preset_names()},
         "Tasks": tasks(),
         "Data sets (dataset=)": datasets(),
         "Strategies (strategy=), each with its strategy-options.": sentences(),
         "Partitions (partition.kind=)": KINDS,
-        "Settings (KEY=VALUE)": keys(),
+        "Settings (KEY=VALUE), with defaults": {key: f"{says} [{defaults[key]}]" for key, says in keys().items()},
     }
     for title, rows in sections.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -173,7 +173,7 @@ def worker_count(config: RunConfig) -> int:
     if workers > most:
         raise InputError(
             f"engine.workers={workers} is more than {most} "
-            f"({plural(sampled, 'client')} a round, {plural(cores, 'core')}); set engine.workers={most} or fewer, or auto."
+            f"({plural(sampled, 'client')} a round, {plural(cores, 'core')}); set {most} or fewer, or auto."
         )
     return workers
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -180,7 +182,8 @@ def _with_flower(columns: dict[str, list[float]], config: RunConfig) -> list[np.
         partitioner = build(derive(config.seed, "partition", attempt) % 2**32)
         partitioner.dataset = dataset
         try:
-            with warnings.catch_warnings():
+            # It draws a progress bar for milliseconds of work.
+            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 loaded = [partitioner.load_partition(i)["row"] for i in range(partitioner.num_partitions)]
             parts = [np.asarray(rows, dtype=np.int64) for rows in loaded]

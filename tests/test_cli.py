@@ -35,7 +35,7 @@ def test_a_run_leaves_the_contracted_folder(tmp_path: Path) -> None:
     }  # fmt: skip
     assert expected.items() <= summary.items()
     assert {"accuracy", "auroc"} <= summary["metrics"].keys()
-    assert set(summary["clients_metrics"]["accuracy"]) == {"mean", "worst", "std"}
+    assert set(summary["clients_metrics"]["accuracy"]) == {"mean", "worst", "std", "clients"}
     assert {"central", "local"} <= summary["baselines"].keys()
     assert summary["privacy"] == {"level": "none", "epsilon": None, "delta": None, "accountant": None}
     assert summary["traffic"]["uplink_bytes"] == 2 * 4 * _float32_bytes(folder)

@@ -58,8 +58,8 @@ def test_a_documented_command_prints_what_is_shown(document: str, block: str, tm
     if "data-dir=" in block and not SHARED.is_dir():
         pytest.skip(f"the data sets are not at {SHARED}")
     for _, code in _blocks("python"):
-        if code.startswith("# mine.py"):
-            (tmp_path / "mine.py").write_text(code)
+        # A block that starts with its file's name is that file.
+        (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "140"}
     for command, lines in _sessions(block):
         # `make demo` is its recipe here: the environment is there already.

@@ -18,6 +18,7 @@ from simulations.run import preset, simulate
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+NODES = "num-supernodes=10 client-resources-num-cpus=1 init-args-num-cpus=2"
 
 
 def _free_port() -> int:
@@ -31,10 +32,6 @@ def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Provide an environment with a Flower home of its own, and end the SuperLink that `flwr run` leaves behind."""
     home = tmp_path / "flwr"
     home.mkdir()
-    (home / "config.toml").write_text(
-        '[superlink]\ndefault = "local"\n\n[superlink.local]\noptions.num-supernodes = 10\n'
-        "options.backend.client-resources.num-cpus = 1\noptions.backend.init-args.num-cpus = 2\n"
-    )
     yield {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -73,7 +70,7 @@ def test_flwr_run_completes_and_round_one_equals_the_local_engine(flower_home: d
     settings_file = tmp_path / "settings.toml"
     settings_file.write_text(preset("medical", settings).with_(preset="flower").toml())
     subprocess.run(
-        ["flwr", "run", str(ROOT), "local", "--run-config", str(settings_file), "--stream"],
+        ["flwr", "run", str(ROOT), "--run-config", str(settings_file), "--federation-config", NODES, "--stream"],
         env=flower_home, check=True, timeout=300, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     [folder] = (tmp_path / "runs").glob("*-flower-*")

@@ -67,8 +67,9 @@ def test_the_best_threshold_needs_only_counts_and_counts_add_up() -> None:
 
 def test_spread_knows_which_end_is_worst_and_ignores_nan() -> None:
     table = spread({"loss": np.array([1.0, 3.0, 2.0]), "auroc": np.array([0.9, 0.7, np.nan])})
-    assert table["loss"] == {"mean": 2.0, "worst": 3.0, "std": pytest.approx(0.8164966)}
+    assert table["loss"] == {"mean": 2.0, "worst": 3.0, "std": pytest.approx(0.8164966), "clients": 3}
     assert table["auroc"]["worst"] == 0.7
+    assert table["auroc"]["clients"] == 2
     assert table["auroc"]["mean"] == pytest.approx(0.8)
 
 
