@@ -1,8 +1,8 @@
 """Metrics of a classifier from its probabilities, for many clients at once, named as in `summary.json`.
 
-Definitions are scikit-learn's, and a test holds every number equal to its; but its functions take one client at a
-time and milliseconds for each, so that a thousand clients' tiny splits would take longer than their training. Here a
-metric is a few sums over all rows, for all clients together.
+Definitions are scikit-learn's (calibration error apart, which it lacks) and tests hold the numbers equal to its; but
+its functions take one client at a time and milliseconds for each, so that a thousand clients' tiny splits would take
+longer than their training. Here a metric is a few sums over all rows, for all clients together.
 
 A metric that a split cannot define (AUROC with one class, anything with no example) is nan, never a guess.
 """
@@ -161,8 +161,11 @@ def score_each(
         return {name: np.full(len(sizes), np.nan) for name in names}
     rows = _Rows(y, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     p = np.asarray(p, dtype=np.float64)
+    # A model may be finite and its outputs not: such a client has no metrics.
+    broken = rows.total(~np.isfinite(p).reshape(len(p), -1).all(axis=1)) > 0
+    p = np.nan_to_num(p, posinf=1.0, neginf=0.0)
     table = _binary(p, rows, threshold) if p.ndim == 1 else _multiclass(p, rows)
-    return {name: table[name]() for name in names}
+    return {name: np.where(broken, np.nan, table[name]()) for name in names}
 
 
 def score(p: np.ndarray, y: np.ndarray, names: Sequence[str], threshold: float = 0.5) -> dict[str, float]:

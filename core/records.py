@@ -34,6 +34,7 @@ INPUT_SUM, INPUT_SQUARES, INPUT_COUNT = "input-sum", "input-squares", "input-cou
 QUERY_STATISTICS = "query.statistics"
 
 Tensors = dict[str, Tensor]
+Columns = dict[str, list[Any]]
 
 
 def travelling(model: nn.Module) -> Tensors:

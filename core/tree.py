@@ -46,7 +46,7 @@ def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     # np.float64 is a float as well, but has a dtype to keep.
     if isinstance(value, int | float) and not isinstance(value, np.generic):
         return value
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         if where in arrays:
             raise TypeError(f"{where}: two keys have the same name")
         arrays[where] = np.asarray(value, order="C")

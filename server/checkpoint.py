@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
 
@@ -83,24 +83,42 @@ def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], list[str]]:
     return saved, sorted(attributes.keys() - saved.keys())
 
 
-def restore_strategy(strategy: Strategy, checkpoint: Checkpoint) -> None:
-    """Give the strategy back what it remembered; `InputError` when that could not be saved."""
+def refuse_unsaved(checkpoint: Checkpoint) -> None:
+    """Raise `InputError` when the strategy had something to remember that could not be saved."""
     if checkpoint.unsaved:
         raise InputError(
             f"this run cannot be resumed: its strategy keeps {', '.join(checkpoint.unsaved)}, which a checkpoint "
             "cannot hold; give the strategy state_dict() and load_state_dict()."
         )
+
+
+def restore_strategy(strategy: Strategy, checkpoint: Checkpoint) -> None:
+    """Give the strategy back what it remembered."""
     if "state_dict" in checkpoint.strategy:
         strategy.load_state_dict(checkpoint.strategy["state_dict"])  # type: ignore[attr-defined]
     else:
         vars(strategy).update(checkpoint.strategy)
 
 
-def count_from(strategy: Strategy, done: int) -> None:
-    """Let a strategy that starts counting at round 1 see the true round, `done` later, whatever its `start` does."""
+def continue_from(strategy: Strategy, checkpoint: Checkpoint) -> None:
+    """Let a strategy whose `start` counts from round 1 see the true rounds, and remember what it knew.
+
+    It remembers at the first `configure_train`: a `start` of its own may set things up anew before that.
+    """
 
     def shifted(method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda server_round, *arguments, **named: method(server_round + done, *arguments, **named)
+        return lambda server_round, *arguments, **named: method(server_round + checkpoint.round, *arguments, **named)
 
-    for name in ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate"):
-        setattr(strategy, name, shifted(getattr(strategy, name)))
+    first = [checkpoint]
+    configure_train = strategy.configure_train
+
+    def configure(*arguments: Any, **named: Any) -> Iterable[Message]:
+        while first:
+            restore_strategy(strategy, first.pop())
+        return configure_train(*arguments, **named)
+
+    changed = {
+        name: getattr(strategy, name) for name in ("aggregate_train", "configure_evaluate", "aggregate_evaluate")
+    }
+    for name, method in {"configure_train": configure, **changed}.items():
+        setattr(strategy, name, shifted(method))

@@ -15,11 +15,10 @@ from core import records
 from core.config import RunConfig
 from core.data import Split
 from core.metrics import best_threshold, score, spread, weighted_means
+from core.records import Columns
 from core.seeding import rng
 from tasks import standardise
 from tasks.base import Task, build_model, predict
-
-Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class Evaluator:
         messages = [Message(content, node, "evaluate") for node in self._nodes]
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         if all(reply.has_error() for reply in replies):
-            reasons = [str(reply.error.reason) for reply in replies[:3]]
-            raise RuntimeError(f"no client could evaluate round {server_round} on its {split} split: {reasons}")
+            reason = str(replies[0].error.reason) if replies else "none answered in timeout-seconds"
+            raise RuntimeError(f"no client could evaluate round {server_round} on its {split} split: {reason}")
         return [reply.content for reply in replies if reply.has_content()]
 
 

@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from core.config import RunConfig, read_toml
 from core.errors import InputError
+from core.records import Columns
 from server.checkpoint import Checkpoint, last_round, load
 
 PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
 CLIENT_ROWS = "clients.jsonl"
-Columns = dict[str, list[Any]]
 
 
 def clean(value: Any) -> Any:
@@ -63,6 +63,14 @@ class RunFolder:
         folder = cls(path, config)
         (path / "config.toml").write_text(config.toml(), encoding="utf-8")
         return folder
+
+    @staticmethod
+    def check_place(config: RunConfig) -> None:
+        """Raise `InputError` where no run folder could be made in `out`, without making anything."""
+        out = Path(config.out).absolute()
+        place = next(folder for folder in (out, *out.parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise InputError(f"cannot make a run folder in out={config.out}: {place} is not a folder to write in.")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -138,7 +146,9 @@ class RunFolder:
             for table, columns in ((trained, line["trained"]), (evaluated, line["evaluated"])):
                 for name, values in {"round": [line["round"]] * len(columns.get("client", [])), **columns}.items():
                     table.setdefault(name, []).extend(values)
-        both = pd.DataFrame(trained).merge(pd.DataFrame(evaluated), how="outer", on=["round", "client"])
+        # A metric that nobody has is None everywhere; it is still a column of numbers.
+        tests = pd.DataFrame(evaluated).astype({name: float for name in evaluated if name.startswith("test_")})
+        both = pd.DataFrame(trained).merge(tests, how="outer", on=["round", "client"])
         return both.sort_values(["round", "client"], ignore_index=True)
 
     @staticmethod

@@ -55,8 +55,9 @@ class Session:
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
-        if (saved := folder.last_checkpoint()) is not None:
-            self._restore(saved)
+        self.saved = folder.last_checkpoint()
+        if self.saved is not None:
+            self._restore(self.saved)
 
     def run(self) -> None:
         """Train all remaining rounds."""
@@ -64,8 +65,8 @@ class Session:
         if self.done >= self.config.rounds or self._should_stop():
             return
         config: dict[str, Any] = {records.PARTIAL_MEAN: makes_partial_means(self.config), **about.config()}
-        if self.done:
-            checkpoints.count_from(self.strategy, self.done)
+        if self.saved is not None:
+            checkpoints.continue_from(self.strategy, self.saved)
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()
         self._round_began = time.perf_counter()
@@ -242,7 +243,7 @@ class Session:
         checkpoints.save(saved, self.folder.checkpoints)
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
-        checkpoints.restore_strategy(self.strategy, saved)
+        checkpoints.refuse_unsaved(saved)
         progress = saved.progress
         self.done, self.arrays = saved.round, saved.arrays
         self.best, self.last = progress["best"], progress["last"]

@@ -19,6 +19,7 @@ from simulations.worker import Job, Result, Worker
 OBJECT_STORE_BYTES = 256 * 2**20
 ATTEMPTS = 3
 CONNECT_SECONDS = 3.0
+START_SECONDS = 120.0
 
 
 class Pool(Protocol):
@@ -103,7 +104,13 @@ class RayPool:
         self._queue: deque[_Task] = deque()
         self._tickets = itertools.count()
         try:
-            ray.get([actor.ready.remote() for actor in self._actors])
+            ray.get([actor.ready.remote() for actor in self._actors], timeout=START_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            self.close()
+            raise RuntimeError(
+                f"{workers} workers did not start in {START_SECONDS:.0f} s on a cluster with "
+                f"{ray.cluster_resources().get('CPU', 0):.0f} CPUs, one for each worker; lower engine.workers"
+            ) from None
         except ray.exceptions.RayActorError as error:
             # Said once and at once, instead of as the failure of every client of round 1.
             self.close()

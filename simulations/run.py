@@ -25,6 +25,7 @@ from reports.words import plural
 from server.app import train
 from server.build import check
 from server.recorder import RunFolder
+from server.session import OnRound
 from simulations.baselines import train_baselines
 from simulations.cohort_size import measure
 from simulations.grid import RayGrid
@@ -97,7 +98,6 @@ def preset_names() -> list[str]:
 
 
 OnStart = Callable[[Path, RunConfig, int], None]
-OnRound = Callable[[dict[str, Any]], None]
 
 
 def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
@@ -112,7 +112,11 @@ def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: On
 def resume(path: Path | str, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
     """Continue the run in a folder after its last finished round and return it; the rest is as in `simulate`."""
     folder = RunFolder.resumable(Path(path))
-    return _run(folder.config, folder, on_start, on_round)
+    config, most = folder.config, most_workers(folder.config)
+    if config.engine.workers != "auto" and config.engine.workers > most:
+        # This machine is smaller than the one it was started on; how many workers there are changes no result.
+        config = config.with_(engine__workers=most)
+    return _run(config, folder, on_start, on_round)
 
 
 def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, on_round: OnRound | None) -> Run:
@@ -161,21 +165,30 @@ def one_thread() -> Iterator[None]:
 def check_run(config: RunConfig) -> Federation:
     """Return the federation's data after refusing, with `InputError`, what would fail later here."""
     worker_count(config)
+    RunFolder.check_place(config)
     return check(config)
 
 
 def worker_count(config: RunConfig) -> int:
     """Return how many workers to start: `auto` is one a core, but no more than there are clients a round."""
-    cores, sampled = os.cpu_count() or 1, config.count(config.sampled)
-    workers = min(cores, sampled) if config.engine.workers == "auto" else config.engine.workers
-    # Every worker is a process with torch in it: hundreds of megabytes, and seconds to start.
-    most = sampled if config.engine.address else min(sampled, WORKERS_PER_CORE * cores)
+    most = most_workers(config)
+    workers = min(os.cpu_count() or 1, most) if config.engine.workers == "auto" else config.engine.workers
     if workers > most:
+        sampled = plural(config.count(config.sampled), "client")
         raise InputError(
-            f"engine.workers={workers} is more than {most} "
-            f"({plural(sampled, 'client')} a round, {plural(cores, 'core')}); set {most} or fewer, or auto."
+            f"engine.workers={workers} is more than {most} ({sampled} a round, {plural(os.cpu_count() or 1, 'core')}); "
+            f"set {most} or fewer, or auto."
         )
     return workers
+
+
+def most_workers(config: RunConfig) -> int:
+    """Return how many workers make sense: one a client, and here not more than a few a core.
+
+    Every worker is a process with torch in it: hundreds of megabytes, and seconds to start.
+    """
+    sampled = config.count(config.sampled)
+    return sampled if config.engine.address else min(sampled, WORKERS_PER_CORE * (os.cpu_count() or 1))
 
 
 def quiet() -> None:

@@ -106,15 +106,12 @@ def _take(table: Table, rows: np.ndarray) -> Split:
 
 
 def _central_rows(table: Table, seed: int) -> np.ndarray:
-    """Return a mask (n,) of the central test set: a fifth of the rows, the same share of each label (and group)."""
-    strata = table.y if table.natural is None else table.natural * (table.y.max() + 1) + table.y
-    counts = np.bincount(strata)
-    rare = counts[strata] < 2
-    # A stratum of one row cannot be split: it joins the largest.
-    strata = np.where(rare, counts.argmax(), strata)
-    found, examples = np.unique(strata, return_counts=True)
-    # scikit-learn wants two rows of each stratum and as many test rows as strata.
-    stratify = strata if examples.min() >= 2 and len(found) <= CENTRAL_SHARE * len(strata) else None
+    """Return a mask (n,) of the central test set: a fifth of the rows, the same share of each label.
+
+    And of each natural group, where there are enough rows for that.
+    """
+    by_group = table.y if table.natural is None else table.natural * (table.y.max() + 1) + table.y
+    stratify = next((strata for strata in (_mergeable(by_group), table.y) if _can_stratify(strata)), None)
     mask = np.zeros(len(table.y), dtype=bool)
     _, chosen = train_test_split(
         np.arange(len(table.y)),
@@ -124,6 +121,18 @@ def _central_rows(table: Table, seed: int) -> np.ndarray:
     )
     mask[chosen] = True
     return mask
+
+
+def _mergeable(strata: np.ndarray) -> np.ndarray:
+    """Return the strata with those of one row, which cannot be split, joined to the largest."""
+    counts = np.bincount(strata)
+    return np.where(counts[strata] < 2, counts.argmax(), strata)
+
+
+def _can_stratify(strata: np.ndarray) -> bool:
+    """Return whether scikit-learn can: it wants two rows of each stratum and as many test rows as strata."""
+    found, examples = np.unique(strata, return_counts=True)
+    return bool(examples.min() >= 2 and len(found) <= CENTRAL_SHARE * len(strata))
 
 
 def _groups(table: Table, rest: np.ndarray, clients: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
@@ -52,3 +53,21 @@ class NormalisedMedical(Medical):
     def model(self) -> nn.Module:
         """Return the network."""
         return nn.Sequential(nn.Linear(30, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(30, 1)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.linear(x).flatten()
+
+
+class ScaledMedical(Medical):
+    """The medical task with a model that has a scalar parameter."""
+
+    def model(self) -> nn.Module:
+        """Return the model."""
+        return _Scaled()

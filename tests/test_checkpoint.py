@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from core import tree
 from core.errors import InputError
-from server.checkpoint import Checkpoint, load, restore_strategy, save, strategy_state
+from server.checkpoint import Checkpoint, load, refuse_unsaved, restore_strategy, save, strategy_state
 
 
 def _checkpoint(server_round: int, **changes: object) -> Checkpoint:
@@ -41,7 +41,10 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     assert after["scalar"].shape == ()
 
 
-@pytest.mark.parametrize("value", [object(), {(1, 2): 3}, lambda: None, b"bytes", {1, 2}])
+@pytest.mark.parametrize(
+    "value",
+    [object(), {(1, 2): 3}, lambda: None, b"bytes", {1, 2}, np.array(["x"]), np.complex128(1), np.datetime64("2026")],
+)
 def test_what_a_tree_cannot_hold_is_an_error_that_names_the_place(value: object, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="state/inner/0"):
         tree.save({"inner": [value]}, tmp_path, "state")
@@ -82,4 +85,4 @@ def test_a_strategy_that_keeps_what_cannot_be_saved_is_not_resumed() -> None:
     state, unsaved = strategy_state(strategy)
     assert unsaved == ["queue"]
     with pytest.raises(InputError, match=r"keeps queue.*load_state_dict"):
-        restore_strategy(strategy, _checkpoint(1, strategy=state, unsaved=unsaved))
+        refuse_unsaved(_checkpoint(1, strategy=state, unsaved=unsaved))

@@ -82,6 +82,7 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "heart", "data-dir=/nowhere"], ["data-dir=/nowhere is not a folder"]),
         (["run", "smoke", "engine.workers=5"], ["engine.workers=5 is more than 4 (4 clients a round"]),
         (["run", "smoke", "strategy=nomod:X:"], ["nomod:X:"]),
+        (["run", "smoke", "--out", "/dev/null/x"], ["out=/dev/null/x", "not a folder to write in"]),
         (["run", "smoke", "alpha=0.1"], ["did you mean 'partition.alpha'"]),
         (["run", "smoke", "--rounds", "5"], ["No such option --rounds; settings are written KEY=VALUE"]),
         (["run"], ["name a preset"]),

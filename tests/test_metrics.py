@@ -53,6 +53,23 @@ def test_calibration_error_of_a_sure_and_half_wrong_model() -> None:
     assert score(np.array([1.0, 1.0]), np.array([0, 1]), ("ece",))["ece"] == pytest.approx(0.5)
 
 
+def test_calibration_error_over_three_bins_by_hand() -> None:
+    """Bins of 1/15: 0.10 and 0.12 are in the second, 0.50 in the eighth, 0.95 in the last."""
+    p, y = np.array([0.10, 0.12, 0.50, 0.95]), np.array([0, 1, 0, 1])
+    gap = abs(0.22 - 1) + abs(0.50 - 0) + abs(0.95 - 1)
+    assert score(p, y, ("ece",))["ece"] == pytest.approx(gap / 4)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_client_whose_predictions_are_not_finite_has_no_metrics(wrong: float) -> None:
+    p, y = np.array([0.2, 0.9, 0.4, wrong, 0.6]), np.array([0, 1, 1, 0, 1])
+    each = score_each(p, y, [2, 3], BINARY)
+    assert all(math.isnan(values[1]) for values in each.values())
+    assert each["auroc"][0] == 1.0
+    several = score_each(np.stack([p, 1 - p], axis=1), 1 - y, [2, 3], ("loss", "accuracy", "macro_f1", "auroc", "ece"))
+    assert all(math.isnan(values[1]) for values in several.values())
+
+
 def test_the_best_threshold_needs_only_counts_and_counts_add_up() -> None:
     rng = np.random.default_rng(0)
     y = (rng.random(4000) < 0.1).astype(int)
@@ -107,7 +124,7 @@ def test_every_clients_metrics_are_scikit_learns(decimals: int) -> None:
             continue
         for name, wanted in _sklearn(scores, labels, 0.4).items():
             assert each[name][client] == pytest.approx(wanted, abs=1e-12, nan_ok=True), name
-        # The calibration error of one client is that of its rows alone.
+        # The calibration error, which scikit-learn lacks, of one client is that of its rows alone.
         assert each["ece"][client] == pytest.approx(score(scores, labels, ("ece",))["ece"], abs=1e-12)
 
 

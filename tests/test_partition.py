@@ -115,6 +115,7 @@ def test_more_groups_and_labels_than_test_rows_are_still_split() -> None:
     federation = federate(table, RunConfig.of({"clients": 20, "partition.min-examples": 1}))
     assert len(federation) == 20
     assert len(federation.central) == 16
+    assert federation.central.y.sum() == 8
 
 
 def test_one_label_is_refused() -> None:
