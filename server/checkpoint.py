@@ -117,8 +117,6 @@ def continue_from(strategy: Strategy, checkpoint: Checkpoint) -> None:
             restore_strategy(strategy, first.pop())
         return configure_train(*arguments, **named)
 
-    changed = {
-        name: getattr(strategy, name) for name in ("aggregate_train", "configure_evaluate", "aggregate_evaluate")
-    }
-    for name, method in {"configure_train": configure, **changed}.items():
-        setattr(strategy, name, shifted(method))
+    strategy.configure_train = shifted(configure)  # type: ignore[method-assign]
+    for name in ("aggregate_train", "configure_evaluate", "aggregate_evaluate"):
+        setattr(strategy, name, shifted(getattr(strategy, name)))
