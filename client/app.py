@@ -20,7 +20,7 @@ from core import records
 from core.config import RunConfig
 from core.data import Federation, Ragged
 from core.metrics import score_counts, score_each, weighted_means
-from core.seeding import derive, rng
+from core.seeding import derive, permutations, rng
 from core.training import Batches, LocalUpdate, assemble, learning_rate, make_optimizer, plan, stream
 from strategies import local_update
 from tasks import load, standardise
@@ -141,7 +141,7 @@ def statistics(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         }
         if setting.task.standardise != "none":
             metrics |= standardise.statistics(splits["train"].x)
-        answers.append(([i], _answer(metrics, {records.CLIENT: [client], "name": setting.data.names[client]})))
+        answers.append(([i], _answer(metrics, {records.CLIENT: [client], "name": setting.data.name(client)})))
     return answers
 
 
@@ -194,10 +194,9 @@ def _batches(
     config: RunConfig, server_round: int, clients: Sequence[int], sizes: Sequence[int], contexts: Sequence[Context]
 ) -> Batches:
     if not config.local_steps:
-        generators = [rng(config.seed, "batches", server_round, client) for client in clients]
-        epochs = [
-            [g.permutation(n) for _ in range(config.local_epochs)] for g, n in zip(generators, sizes, strict=True)
-        ]
+        epochs = permutations(
+            config.seed, "batches", server_round, clients=clients, sizes=sizes, times=config.local_epochs
+        )
         return plan(sizes, config.batch_size, epochs)
 
     def shuffle(client: int, size: int) -> Callable[[int], np.ndarray]:

@@ -108,7 +108,9 @@ class RunConfig(_Section):
     )
     positive_weight: float = Field(1.0, gt=0, description="Weight of positive examples in a binary task's loss.")
     evaluate_every: int = Field(1, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
-    evaluated: float = Field(0, ge=0, description="Clients that evaluate: a count, a fraction below 1, or 0 for all.")
+    evaluated: float = Field(
+        0, ge=0, description="Clients that evaluate: a count, a fraction below 1, or 0 for all (10,000 at most)."
+    )
     early_stopping: EarlyStopping = EarlyStopping()
     keep: Literal["last", "best"] = Field(
         "last", description="Model to save: the last, or the best on the clients' validation splits."

@@ -56,10 +56,15 @@ class Federation:
     validation: Ragged
     test: Ragged
     central: Split
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    """Hospitals, banks, authors; empty where clients have numbers only."""
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def name(self, client: int) -> str:
+        """Return what a client is called."""
+        return self.names[client] if self.names else f"client {client}"
 
     def client(self, client: int) -> dict[str, Split]:
         """Return one client's splits by name."""

@@ -23,10 +23,13 @@ def load(kind: str, name: str, table: Mapping[str, str], group: str) -> Any:
 
     Raises `InputError` in one sentence when there is none or when its module does not import.
     """
-    points = {point.name: point.value for point in importlib.metadata.entry_points(group=group)}
-    target = table.get(name) or points.get(name) or (name if ":" in name else "")
+    target = table.get(name) or (name if ":" in name else "")
     if not target:
-        raise unknown(kind, name, {*table, *points})
+        # Only now: listing what is installed takes milliseconds.
+        points = {point.name: point.value for point in importlib.metadata.entry_points(group=group)}
+        target = points.get(name, "")
+        if not target:
+            raise unknown(kind, name, {*table, *points})
     module, _, attribute = target.partition(":")
     try:
         found: Any = importlib.import_module(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ CONSTANTS = "constants."
 INPUT_SUM, INPUT_SQUARES, INPUT_COUNT = "input-sum", "input-squares", "input-count"
 # Message types beside Flower's train and evaluate.
 QUERY_STATISTICS = "query.statistics"
+
+# Numbers of a reply that add up where replies are merged; every other metric is a mean.
+SUMMED = (NUM_EXAMPLES, SCORE_COUNTS)
 
 Tensors = dict[str, Tensor]
 Columns = dict[str, list[Any]]
@@ -99,3 +102,59 @@ def server_round(content: RecordDict) -> int | None:
 def array_bytes(content: RecordDict) -> int:
     """Return the bytes of all arrays in the content."""
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+class WeightedMean:
+    """A mean of arrays by name, weighted, one set at a time: all together would not fit in memory."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._total: dict[str, np.ndarray] = {}
+
+    def add(self, values: Mapping[str, Any], weight: float) -> None:
+        """Add arrays (or numbers) with a weight."""
+        self._weight += weight
+        for name, value in values.items():
+            share = np.multiply(value, weight, dtype=np.float64)
+            if name in self._total:
+                self._total[name] += share
+            else:
+                self._total[name] = np.asarray(share)
+
+    def mean(self) -> dict[str, np.ndarray]:
+        """Return the means, float64."""
+        return {name: total / self._weight for name, total in self._total.items()}
+
+
+class MergedReply:
+    """Many clients' replies as one: arrays and metrics as means weighted by num-examples, columns end to end."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, WeightedMean] = {}
+        self._metrics = WeightedMean()
+        self._summed: dict[str, Any] = {}
+        self._columns: Columns = {}
+        self._like: RecordDict | None = None
+
+    def add(self, content: RecordDict) -> None:
+        """Add a reply's content."""
+        self._like = self._like or content
+        metrics = metrics_of(content)
+        weight = float(metrics[NUM_EXAMPLES])
+        for name, record in content.array_records.items():
+            self._arrays.setdefault(name, WeightedMean()).add({k: array.numpy() for k, array in record.items()}, weight)
+        self._metrics.add({name: value for name, value in metrics.items() if name not in SUMMED}, weight)
+        for name in metrics.keys() & set(SUMMED):
+            self._summed[name] = np.add(self._summed.get(name, 0), metrics[name])
+        for name, column in content.config_records.get(CLIENTS, ConfigRecord()).items():
+            self._columns.setdefault(name, []).extend(cast(list[Any], column))
+
+    def content(self) -> RecordDict:
+        """Return the merged content, arrays in the dtypes they came in."""
+        assert self._like is not None
+        metrics = {name: value.tolist() for name, value in {**self._summed, **self._metrics.mean()}.items()}
+        merged = RecordDict({METRICS: MetricRecord(metrics), CLIENTS: ConfigRecord(dict(self._columns))})
+        for name, mean in self._arrays.items():
+            like = self._like.array_records[name]
+            merged[name] = in_dtypes_of(to_arrays(mean.mean()), like)
+        return merged

@@ -17,8 +17,11 @@ from core.data import Split
 from core.metrics import best_threshold, score, spread, weighted_means
 from core.records import Columns
 from core.seeding import rng
+from server.observe import ObservedGrid
 from tasks import standardise
 from tasks.base import Task, build_model, predict
+
+DESCRIBED = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,19 @@ class Description:
         return {records.CONSTANTS + name: values for name, values in self.constants.items()}
 
 
-def describe(grid: Grid, task: Task, timeout: float) -> Description:
-    """Ask every client for counts and sums, and return them with the constants made from the sums of all.
+def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
+    """Ask the clients for counts and sums, and return them with the constants made from the sums of all.
 
-    Raises `RuntimeError` when a client cannot answer: constants of some clients only would be quietly wrong.
+    Of more than `DESCRIBED` clients as many are drawn. Raises `RuntimeError` when one cannot answer: constants of those
+    that happen to answer would be quietly wrong.
     """
     content = RecordDict({records.CONFIG: ConfigRecord({})})
-    messages = [Message(content, node, records.QUERY_STATISTICS) for node in grid.get_node_ids()]
-    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    nodes: Sequence[int] | np.ndarray = list(grid.get_node_ids())
+    if grid.numbered and len(nodes) > DESCRIBED:
+        chosen = rng(config.seed, "described").choice(len(nodes), DESCRIBED, replace=False, shuffle=False)
+        nodes = [nodes[i] for i in np.sort(chosen)]
+    messages = [Message(content, node, records.QUERY_STATISTICS) for node in nodes]
+    replies = list(grid.send_and_receive(messages, timeout=config.timeout_seconds))
     failed = [str(reply.error.reason) for reply in replies if reply.has_error()]
     if failed or len(replies) < len(messages):
         raise RuntimeError(
@@ -92,6 +100,7 @@ class Evaluator:
         x = standardise.apply(central.x, about.constants) if about.constants else central.x
         self._central = Split(x, central.y)
         nodes = sorted(about.order, key=about.order.__getitem__)
+        # Of those that described themselves: a message to each of a million clients would take longer than training.
         chosen = rng(config.seed, "evaluated").permutation(len(nodes))[: config.count(config.evaluated)]
         self._nodes = [nodes[i] for i in sorted(chosen)]
         self._has_validation = any(sizes[1] for sizes in about.sizes)

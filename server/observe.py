@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from core import records
-
-
-class RunningMean:
-    """A mean of arrays, weighted, one reply at a time: all together would not fit in memory."""
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._total: dict[str, np.ndarray] = {}
-
-    def add(self, arrays: Mapping[str, Array], names: Collection[str], weight: float) -> None:
-        """Add the named arrays with a weight."""
-        self._weight += weight
-        for name in names:
-            self._total[name] = self._total.get(name, 0.0) + weight * arrays[name].numpy().astype(np.float64)
-
-    def mean(self) -> dict[str, np.ndarray]:
-        """Return the means, float64; nothing where nothing was added."""
-        return {name: total / self._weight for name, total in self._total.items()}
-
 
 COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
 
@@ -44,7 +24,7 @@ class Observed:
     )
     """A column per number that every client has, `client` first, in the order of the replies."""
     failures: list[dict[str, Any]] = field(default_factory=list)
-    running: RunningMean = field(default_factory=RunningMean)
+    running: records.WeightedMean = field(default_factory=records.WeightedMean)
     """Of the normalisation statistics of the models that came back."""
     sampled: int = 0
     downlink_bytes: int = 0
@@ -57,12 +37,22 @@ class ObservedGrid(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self.inner = grid
-        self.order: Mapping[int, int] = {}
-        """Client number by node id: Flower's node ids are random, and sampling must not depend on them."""
+        # The local engine numbers its clients itself; elsewhere they say who they are at the start.
+        self._client_of: Callable[[int], int] | None = getattr(grid, "client_of", None)
         self.running: Collection[str] = ()
         """Names of arrays that are normalisation statistics: their plain mean is observed."""
         self._observed = Observed()
         self._payload: tuple[RecordDict | None, int] = (None, 0)
+
+    def order_by(self, clients: Mapping[int, int]) -> None:
+        """Learn the clients' numbers by node id: Flower's ids are random, and sampling must not depend on them."""
+        if self._client_of is None:
+            self._client_of = clients.__getitem__
+
+    @property
+    def numbered(self) -> bool:
+        """Return whether the wrapped grid lists its nodes in the order of their clients."""
+        return hasattr(self.inner, "client_of")
 
     def take(self) -> Observed:
         """Return what was observed since the last call, and start anew."""
@@ -92,7 +82,7 @@ class ObservedGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids, in the order of their clients once that is known."""
         nodes = self.inner.get_node_ids()
-        return sorted(nodes, key=lambda node: self.order.get(node, node)) if self.order else nodes
+        return nodes if self.numbered or self._client_of is None else sorted(nodes, key=self._client_of)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push the messages and count them."""
@@ -109,7 +99,7 @@ class ObservedGrid(Grid):
         return self._received(sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id)))
 
     def _place(self, node: int) -> int:
-        return self.order.get(node, node)
+        return node if self._client_of is None else self._client_of(node)
 
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
         messages = list(messages)
@@ -144,4 +134,5 @@ class ObservedGrid(Grid):
             self._observed.clients[key.replace("-", "_")].extend(values)
         if self.running:
             [arrays] = content.array_records.values()
-            self._observed.running.add(arrays, self.running, float(metrics[records.NUM_EXAMPLES]))
+            means = {name: arrays[name].numpy() for name in self.running}
+            self._observed.running.add(means, float(metrics[records.NUM_EXAMPLES]))

@@ -121,8 +121,8 @@ class Session:
         return summary
 
     def _describe(self) -> Description:
-        about = describe(self.grid, self.task, self.config.timeout_seconds)
-        self.grid.order = about.order
+        about = describe(self.grid, self.config, self.task)
+        self.grid.order_by(about.order)
         splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
         self.folder.write_json(
             "heterogeneity.json",

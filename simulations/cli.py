@@ -102,6 +102,30 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     console.print(f"Report: {write_report(run)}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def flower(
+    app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="A Flower app: the folder of its pyproject.toml.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Clients; each gets its partition-id.")] = 10,
+    run_config: Annotated[list[str] | None, typer.Option(metavar="'K=V ...'", help="As in `flwr run`.")] = None,
+    workers: Annotated[str, typer.Option(help="Ray workers: auto is one a core, 0 runs in this process.")] = "auto",
+    address: Annotated[str, typer.Option(help="An existing Ray cluster to join: auto or HOST:PORT.")] = "",
+    seed: Annotated[int, typer.Option(help="Seeds global generators for each message; -1 leaves them alone.")] = 0,
+) -> None:
+    """Run somebody else's Flower app, unmodified: fedra flower APP_DIR --nodes 100"""
+    from core.config import RunConfig
+    from simulations.flower import run_app
+    from simulations.flower_app import FlowerApp
+    from simulations.run import worker_count
+
+    found = FlowerApp.read(app_dir, run_config or [])
+    engine = {"engine.workers": int(workers) if workers.isdigit() else workers, "engine.address": address}
+    count = worker_count(RunConfig.of({"clients": nodes, **engine}))
+    where = f"{count} Ray workers" if count else "this process"
+    console.print(f"{found.folder.name}: {nodes} nodes in {where}", highlight=False)
+    seconds = run_app(found, nodes, count, address, None if seed < 0 else seed)
+    console.print(f"completed in {seconds:.1f} s", highlight=False)
+
+
 def _overrides(settings: list[str] | None, out: str) -> dict[str, Any]:
     from core.config import parse_override
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,26 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from core.records import PARTIAL_MEAN, MergedReply, config_of
 from simulations.pool import Pool
-from simulations.worker import RUN_ID, Job, node_of, partition_of
+from simulations.worker import RUN_ID, Job, Result, node_of, partition_of
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all cohorts of a message share: the content in the pool, and whether the server takes means of it."""
+
+    reference: Any
+    partial: bool
+
+
+@dataclass(frozen=True)
+class _Cohort:
+    """Clients that are asked together."""
+
+    message_type: str
+    messages: list[Message]
+    shared: _Shared
 
 
 class RayGrid(Grid):
@@ -32,8 +51,8 @@ class RayGrid(Grid):
         self._costs = np.ones(clients) if costs is None else np.asarray(costs)
         self._run = Run.create_empty(RUN_ID)
         self._sent = 0
-        self._tickets: dict[int, list[Message]] = {}
-        self._replies: dict[str, Message] = {}
+        self._tickets: dict[int, _Cohort] = {}
+        self._pulled: dict[str, Message] = {}
         self.client_states: dict[int, RecordDict] = {}
         # A Message takes its origin from the process's identity, which only Flower's own runtime sets.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
@@ -57,64 +76,94 @@ class RayGrid(Grid):
         """Return the ids of all clients' nodes, in the order of their partitions."""
         return range(node_of(0), node_of(self._clients))
 
+    def client_of(self, node: int) -> int:
+        """Return the number of a node's client: nodes are listed in this order."""
+        return partition_of(node)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand messages to the pool in cohorts and return their ids in the order of the messages."""
         messages = list(messages)
-        self._push(messages)
+        for cohort in self._cohorts(messages):
+            self._tickets[self._submit(cohort)] = cohort
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages that have come by now, each once."""
-        self._collect(0)
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        for ticket, result in self._pool.wait(0).items():
+            if (cohort := self._tickets.pop(ticket, None)) is not None:
+                for reply in self._replies_of(cohort, result):
+                    self._pulled[reply.metadata.reply_to_message_id] = reply
+        return [self._pulled.pop(message_id) for message_id in message_ids if message_id in self._pulled]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return the replies in the order of the cohorts; those later than `timeout` seconds are left out.
 
-        A reply may stand for a whole cohort where the server asked for partial means.
+        Where the server asked for partial means one reply stands for all clients that answered, added up cohort by
+        cohort: memory does not grow with the number of clients.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        cohorts = self._push(list(messages))
-        while any(ticket in self._tickets for ticket in cohorts):
+        cohorts = self._cohorts(list(messages))
+        under_way: dict[int, int] = {}
+        done: dict[int, list[Message]] = {}
+        replies: list[Message] = []
+        merged: dict[int, tuple[Message, MergedReply]] = {}
+        sent = taken = 0
+        while taken < len(cohorts):
+            # A window: what is finished out of order waits for its turn, so that sums are taken in a fixed order.
+            while sent < min(len(cohorts), taken + self._pool.window):
+                under_way[self._submit(cohorts[sent])] = sent
+                sent += 1
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
-            self._collect(left)
+            for ticket, result in self._pool.wait(left).items():
+                if (place := under_way.pop(ticket, None)) is not None:
+                    done[place] = self._replies_of(cohorts[place], result)
+            while taken in done:
+                for reply in done.pop(taken):
+                    if cohorts[taken].shared.partial and reply.has_content():
+                        first, mean = merged.setdefault(id(cohorts[taken].shared), (reply, MergedReply()))
+                        mean.add(reply.content)
+                    else:
+                        replies.append(reply)
+                taken += 1
         # What comes too late must not answer a later round, nor leave its state behind.
-        late = {ticket for ticket in cohorts if self._tickets.pop(ticket, None) is not None}
-        self._pool.cancel(late)
-        order = [message.metadata.message_id for cohort in cohorts.values() for message in cohort]
-        return [self._replies.pop(message_id) for message_id in order if message_id in self._replies]
+        self._pool.cancel(under_way)
+        for place in sorted(done):
+            replies.extend(done[place])
+        for first, mean in merged.values():
+            first.content = mean.content()
+        return [*(first for first, _ in merged.values()), *replies]
 
-    def _push(self, messages: list[Message]) -> dict[int, list[Message]]:
-        """Submit the messages and return each cohort by its ticket."""
+    def _cohorts(self, messages: list[Message]) -> list[_Cohort]:
+        """Return the messages in cohorts: those that share their content, the longest clients first."""
         groups: dict[tuple[int, str], list[Message]] = {}
         for message in messages:
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
             groups.setdefault((id(message.content), message.metadata.message_type), []).append(message)
-        cohorts = {}
+        cohorts = []
         for (_, message_type), group in groups.items():
-            # Longest first: the last cohorts to start are the short ones. Like sizes also waste no padding.
-            group.sort(key=lambda m: (-self._costs[partition_of(m.metadata.dst_node_id)], m.metadata.dst_node_id))
-            content = self._pool.put(group[0].content)
+            nodes = np.array([message.metadata.dst_node_id for message in group])
+            # The last cohorts to start are the short ones, and like sizes waste no padding.
+            order = np.lexsort((nodes, -self._costs[partition_of(nodes)]))
+            content = group[0].content
+            shared = _Shared(self._pool.put(content), bool(config_of(content).get(PARTIAL_MEAN)))
             for start in range(0, len(group), self._cohort_size):
-                cohort = group[start : start + self._cohort_size]
-                nodes = tuple(m.metadata.dst_node_id for m in cohort)
-                job = Job(message_type, nodes, tuple(self.client_states.get(node) for node in nodes))
-                cohorts[self._pool.submit(job, content)] = cohort
-        self._tickets |= cohorts
+                cohorts.append(
+                    _Cohort(message_type, [group[i] for i in order[start : start + self._cohort_size]], shared)
+                )
         return cohorts
 
-    def _collect(self, timeout_seconds: float | None) -> None:
-        for ticket, result in self._pool.wait(timeout_seconds).items():
-            cohort = self._tickets.pop(ticket, None)
-            if cohort is None:
-                continue
-            self.client_states.update(result.states)
-            for positions, answer in result.replies:
-                message = cohort[positions[0]]
-                self._replies[message.metadata.message_id] = _reply(answer, message)
+    def _submit(self, cohort: _Cohort) -> int:
+        nodes = tuple(message.metadata.dst_node_id for message in cohort.messages)
+        states = tuple(self.client_states.get(node) for node in nodes)
+        headers = tuple((message.metadata.message_id, message.metadata.group_id) for message in cohort.messages)
+        return self._pool.submit(Job(cohort.message_type, nodes, states, headers), cohort.shared.reference)
+
+    def _replies_of(self, cohort: _Cohort, result: Result) -> list[Message]:
+        self.client_states.update(result.states)
+        return [_reply(answer, cohort.messages[positions[0]]) for positions, answer in result.replies]
 
 
 def _reply(answer: RecordDict | Error, message: Message) -> Message:

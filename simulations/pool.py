@@ -25,6 +25,9 @@ START_SECONDS = 120.0
 class Pool(Protocol):
     """Takes jobs and gives results back in any order; the grid puts them in theirs."""
 
+    window: int
+    """How many jobs to have submitted at once: enough that no worker ever waits for the server."""
+
     def put(self, content: RecordDict) -> Any:
         """Return a reference to a round's content, for `submit`."""
         ...
@@ -48,6 +51,8 @@ class Pool(Protocol):
 
 class LocalPool:
     """One worker in this process: the same code under a debugger."""
+
+    window = 1
 
     def __init__(self, make_worker: Callable[[], Worker]) -> None:
         self._worker = make_worker()
@@ -93,12 +98,13 @@ class RayPool:
         import ray
 
         self._ray = ray
+        self.window = 4 * self.IN_FLIGHT * workers
         self._started = not ray.is_initialized()
         if self._started:
             start_ray(ray, workers, address)
         # Large arguments (the federation) go into shared memory once and are read there by every actor.
         self._arguments = tuple(ray.put(argument) for argument in worker_arguments)
-        self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(Worker)
+        self._actor_class = ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
         self._actors = [self._actor_class.remote(*self._arguments) for _ in range(workers)]
         self._busy: dict[Any, tuple[Any, _Task]] = {}
         self._queue: deque[_Task] = deque()
@@ -165,7 +171,8 @@ class RayPool:
     def _replace(self, dead: Any, task: _Task) -> Result | None:
         """Put a new actor in place of a dead one and its jobs back in the queue; give up on a job after ATTEMPTS."""
         if dead in self._actors:
-            self._actors[self._actors.index(dead)] = self._actor_class.remote(*self._arguments)
+            # It asks for no CPU: where a whole machine went, there may be none left for it, and it would never start.
+            self._actors[self._actors.index(dead)] = self._actor_class.options(num_cpus=0).remote(*self._arguments)
         # Whatever else the dead actor had was lost with it, but only the job it was working on counts an attempt.
         others = [reference for reference, (actor, _) in self._busy.items() if actor is dead]
         for reference in others:

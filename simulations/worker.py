@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.constants import DEFAULT_TTL
 from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -16,9 +20,13 @@ from flwr.common.constant import ErrorCode
 from client.app import CohortApp, Reply
 from core.config import RunConfig
 from core.data import Federation
+from core.seeding import derive, seed_globals
+from simulations import flower_app
 from tasks.source import provide
 
 RUN_ID = 1
+SERVER_NODE = 1
+Nodes = TypeVar("Nodes", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Job:
     message_type: str
     nodes: tuple[int, ...]
     states: tuple[RecordDict | None, ...]
+    headers: tuple[tuple[str, str], ...]
+    """Message id and group id of each client's message."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,19 @@ class Result:
 class Worker:
     """Holds the ClientApp and the federation's data, and answers jobs."""
 
-    def __init__(self, app: str, run_config: dict[str, Any], clients: int, federation: Federation | None) -> None:
+    def __init__(
+        self,
+        app: str,
+        run_config: dict[str, Any],
+        clients: int,
+        federation: Federation | None,
+        folder: str = "",
+        seed: int | None = None,
+    ) -> None:
         # One thread a worker: parallelism is over cohorts, and sums must not depend on how many cores there are.
         torch.set_num_threads(1)
-        module, _, attribute = app.partition(":")
-        self.app: ClientApp = getattr(importlib.import_module(module), attribute)
+        self.app: ClientApp = _load_app(app, folder)
+        self.seed = seed
         self.run_config = run_config
         self.clients = clients
         if federation is not None:
@@ -61,7 +79,10 @@ class Worker:
         if isinstance(self.app, CohortApp):
             replies = self.app.cohort(job.message_type, content, contexts)
         else:
-            replies = [([i], self._single(job.message_type, content, context)) for i, context in enumerate(contexts)]
+            replies = [
+                ([i], self._single(job.message_type, header, content, context))
+                for i, (header, context) in enumerate(zip(job.headers, contexts, strict=True))
+            ]
         return Result(replies, {context.node_id: context.state for context in contexts if len(context.state)})
 
     def _context(self, node: int, state: RecordDict | None) -> Context:
@@ -73,8 +94,16 @@ class Worker:
             run_config=self.run_config,
         )
 
-    def _single(self, message_type: str, content: RecordDict, context: Context) -> RecordDict | Error:
-        metadata = Metadata(RUN_ID, "", 0, context.node_id, "", "", 0.0, 0.0, message_type)
+    def _single(
+        self, message_type: str, header: tuple[str, str], content: RecordDict, context: Context
+    ) -> RecordDict | Error:
+        message_id, group_id = header
+        metadata = Metadata(
+            RUN_ID, message_id, SERVER_NODE, context.node_id, "", group_id, time.time(), DEFAULT_TTL, message_type
+        )
+        if self.seed is not None:
+            seed_globals(self.seed, context.node_id, message_id)
+            torch.manual_seed(derive(self.seed, "torch", context.node_id, message_id))
         # An app may empty or edit its message: every client gets records of its own (the arrays' bytes are shared).
         content = RecordDict({name: record.copy() for name, record in content.items()})
         try:
@@ -84,11 +113,20 @@ class Worker:
         return reply.content if reply.has_content() else reply.error
 
 
+def _load_app(reference: str, folder: str) -> ClientApp:
+    if folder:
+        app: ClientApp = flower_app.load(Path(folder), reference, ClientApp)
+    else:
+        module, _, attribute = reference.partition(":")
+        app = getattr(importlib.import_module(module), attribute)
+    return app
+
+
 def node_of(partition: int) -> int:
     """Return the node id of a partition: Flower reserves 0 and 1."""
     return partition + 2
 
 
-def partition_of(node: int) -> int:
-    """Return the partition of a node."""
+def partition_of(node: Nodes) -> Nodes:
+    """Return the partition of a node, or those of an array of nodes."""
     return node - 2

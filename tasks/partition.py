@@ -60,10 +60,10 @@ def federate(table: Table, config: RunConfig) -> Federation:
         return Ragged.stack([_take(table, rows[split[name]]) for rows, split in zip(parts, splits, strict=True)])
 
     natural = config.partition.kind == "natural" and len(table.names) == config.clients
-    names = table.names if natural else tuple(f"client {i}" for i in range(config.clients))
     return Federation(
-        ragged("train"), ragged("validation"), ragged("test"), _take(table, np.flatnonzero(central)), tuple(names)
-    )
+        ragged("train"), ragged("validation"), ragged("test"), _take(table, np.flatnonzero(central)),
+        table.names if natural else (),
+    )  # fmt: skip
 
 
 def deal(table: Table, rest: np.ndarray, config: RunConfig) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from core.config import RunConfig
 from core.metrics import best_threshold, score_counts
 from core.records import travelling
-from core.seeding import rng
+from core.seeding import permutations, rng
 from server.build import build_strategy, check
 from simulations.grid import RayGrid
 from simulations.run import engine, preset, simulate
@@ -50,9 +50,9 @@ def test_two_rounds_of_fedavg_equal_a_loop_written_by_hand(smoke: Callable[..., 
             optimizer = torch.optim.SGD(local.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
             x = torch.from_numpy(((train[client].x - mean) / std).astype(np.float32))
             y = torch.from_numpy(train[client].y).float()
-            shuffles = rng(config.seed, "batches", server_round, client)
-            for _ in range(2):
-                for rows in torch.from_numpy(shuffles.permutation(len(y))).split(config.batch_size):
+            [shuffles] = permutations(config.seed, "batches", server_round, clients=[client], sizes=[len(y)], times=2)
+            for shuffle in shuffles:
+                for rows in torch.from_numpy(shuffle).split(config.batch_size):
                     optimizer.zero_grad()
                     F.binary_cross_entropy_with_logits(local(x[rows]), y[rows]).backward()
                     nn.utils.clip_grad_norm_(local.parameters(), 0.5)
@@ -162,18 +162,27 @@ def test_only_the_clients_that_are_asked_evaluate(smoke: Callable[..., RunConfig
     assert evaluated[1] == evaluated[2]
 
 
-def test_cohorts_answer_with_one_mean_where_the_strategy_needs_no_more(smoke: Callable[..., RunConfig]) -> None:
+def test_one_mean_comes_back_where_the_strategy_needs_no_more(smoke: Callable[..., RunConfig]) -> None:
     config = smoke(engine__cohort_size=2)
     federation = check(config)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in travelling(build_model(load(config), 0)).items()})
     constants = {"constants.mean": [0.0] * 30, "constants.std": [1.0] * 30, "server-round": 1}
-    for partial, replies in ((True, 2), (False, 4)):
+    means, losses = [], []
+    for partial, replies in ((True, 1), (False, 4)):
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**constants, "partial-mean": partial})})
         with engine(config, federation) as grid:
             got = list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
         assert len(got) == replies
-        total = sum(int(reply.content["metrics"]["num-examples"]) for reply in got)
-        assert total == federation.train.sizes.sum()
+        weights = [int(reply.content["metrics"]["num-examples"]) for reply in got]
+        assert sum(weights) == federation.train.sizes.sum()
+        bias = [reply.content["arrays"]["2.bias"].numpy() for reply in got]
+        means.append(np.average(bias, axis=0, weights=weights))
+        assert bias[0].dtype == np.float32
+        losses.append(np.average([reply.content["metrics"]["train-loss"] for reply in got], weights=weights))
+        columns = [reply.content["clients"]["num-examples"] for reply in got]
+        assert sorted(n for column in columns for n in column) == sorted(federation.train.sizes)
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])

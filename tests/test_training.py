@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.config import RunConfig
 from core.records import to_arrays, to_tensors, travelling
+from core.seeding import permutations
 from core.training import (
     Batches,
     LocalRound,
@@ -227,3 +228,16 @@ def test_dropout_differs_between_clients_and_rounds_and_not_between_runs() -> No
     assert torch.equal(first, again)
     assert len(first.unique()) == len(first)
     assert not torch.isin(first, other).any()
+
+
+def test_a_clients_permutations_do_not_depend_on_who_is_with_it() -> None:
+    together = permutations(3, "batches", 1, clients=[4, 9], sizes=[6, 8], times=2)
+    [alone] = permutations(3, "batches", 1, clients=[9], sizes=[8], times=2)
+    assert [p.tolist() for p in alone] == [p.tolist() for p in together[1]]
+    assert sorted(alone[0]) == list(range(8))
+    assert alone[0].tolist() != alone[1].tolist()
+    others = [
+        permutations(seed, "batches", r, clients=[c], sizes=[8])[0][0].tolist()
+        for seed, r, c in ((4, 1, 9), (3, 2, 9), (3, 1, 8))
+    ]
+    assert alone[0].tolist() not in others
