@@ -209,6 +209,8 @@ def start_ray(ray: Any, workers: int, address: str) -> None:
             ) from None
         return
     ray.init(
+        # Not one that happens to run on this machine: Ray would join that, and refuse num_cpus.
+        "local",
         num_cpus=workers,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,13 @@ STORE = str(100 * 2**20)
 SETTINGS = {"rounds": 30, "local-epochs": 20, "baselines": False, "engine.cohort-size": 2, "engine.workers": 2}
 
 
-def _ray(*arguments: str) -> subprocess.Popen[bytes]:
-    """Start a Ray node with a CPU of its own, in a process group of its own."""
+def _ray(folder: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a Ray node with a CPU of its own, its files in `folder`: elsewhere others would find and join it."""
     common = ("--block", "--num-cpus=1", f"--object-store-memory={STORE}", "--node-ip-address=127.0.0.1")
     return subprocess.Popen(
         [BIN / "ray", "start", *arguments, *common, "--disable-usage-stats"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "RAY_TMPDIR": folder},
     )  # fmt: skip
 
 
@@ -75,16 +77,19 @@ def cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    head = _ray("--head", f"--port={port}", "--include-dashboard=false")
+    # Short: Ray makes sockets in it, and their paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray")
+    head = _ray(folder, "--head", f"--port={port}", "--include-dashboard=false")
     second = None
     try:
         _wait_for_port(port)
-        second = _ray(f"--address={address}")
+        second = _ray(folder, f"--address={address}")
         yield address, second
     finally:
         for node in (second, head):
             if node is not None:
                 _end(node)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_port(port: int) -> None:
@@ -121,7 +126,6 @@ def test_a_node_that_is_killed_mid_round_changes_no_bit(
     [both] = (tmp_path / "both").iterdir()
     models = [load_file(path / "model.safetensors") for path in (alone, both)]
     assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0])
-    shutil.rmtree(tmp_path)
 
 
 def _wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> int:
