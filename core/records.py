@@ -135,10 +135,20 @@ class MergedReply:
         self._summed: dict[str, Any] = {}
         self._columns: Columns = {}
         self._like: RecordDict | None = None
+        self._added = 0
 
     def add(self, content: RecordDict) -> None:
         """Add a reply's content."""
-        self._like = self._like or content
+        self._added += 1
+        if self._like is None:
+            # Most rounds of small federations have one cohort, and its reply is the mean already.
+            self._like = content
+            return
+        if self._added == 2:
+            self._fold(self._like)
+        self._fold(content)
+
+    def _fold(self, content: RecordDict) -> None:
         metrics = metrics_of(content)
         weight = float(metrics[NUM_EXAMPLES])
         for name, record in content.array_records.items():
@@ -152,6 +162,8 @@ class MergedReply:
     def content(self) -> RecordDict:
         """Return the merged content, arrays in the dtypes they came in."""
         assert self._like is not None
+        if self._added == 1:
+            return self._like
         metrics = {name: value.tolist() for name, value in {**self._summed, **self._metrics.mean()}.items()}
         merged = RecordDict({METRICS: MetricRecord(metrics), CLIENTS: ConfigRecord(dict(self._columns))})
         for name, mean in self._arrays.items():

@@ -1,7 +1,8 @@
 """The cohort kernel: local training written once, for C clients at a time.
 
 Parameters, optimiser state and batches carry a leading client axis (C, ...); gradients come from
-`torch.func.vmap(grad_and_value(...))` over it; torch.optim's element-wise optimisers step the stacked parameters as
+`torch.func.vmap(grad_and_value(...))` over it, or from matrix products of the stacked weights where a model is made of
+plain layers (stacked.py); torch.optim's element-wise optimisers step the stacked parameters as
 they are. A deployed client is a cohort of one. A model that cannot be mapped (running statistics, data-dependent
 control flow) takes the same path one client at a time through autograd.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,13 @@ from torch.func import functional_call, grad_and_value, vmap
 from core.config import RunConfig
 from core.errors import unknown
 from core.records import Tensors, travelling
+from core.stacked import stack
+
+# An optimiser's first use imports torch's compiler (1.6 s) to keep it from tracing this function; nothing is compiled
+# here. Where torch has no such function any more nothing happens.
+_add = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+if _add is not None and "torch._dynamo" not in sys.modules:
+    _add.__dict__.setdefault("__dynamo_disable", _add)
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -97,13 +106,15 @@ def assemble(
     fields: dict[str, Any] = {
         "global_params": travelling(model),
         "gradient_clip": run.gradient_clip,
-        "vectorised": len(batches.steps) > 1 and can_vectorise(model),
+        "vectorised": len(batches.steps) > 1 and run.engine.cohort_size != 1 and can_vectorise(model),
         **given,
     }
     x_, y_ = torch.from_numpy(x), torch.from_numpy(y)
     return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches, optimizer=optimizer, **fields)
 
 
+Step = Callable[[Tensors, Tensor, Tensor, Tensor], tuple[Tensors, Tensor]]
+"""(weights, x, y, example weights), all with a client axis in front -> (gradients, each client's loss)."""
 LocalUpdateFn = Callable[[LocalRound], LocalUpdate]
 
 
@@ -117,9 +128,13 @@ def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
 
     `penalty` takes one client's trainable parameters and returns a scalar; the kernel maps it over the cohort.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(r.seed)
+    try:
         return _vectorised(r, penalty) if r.vectorised else _one_by_one(r, penalty)
+    finally:
+        generator.set_state(before)
 
 
 def global_loss(r: LocalRound) -> Tensor:
@@ -138,21 +153,18 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
     fixed = {name: t for name, t in r.model.state_dict().items() if name not in trainable}
     params = {name: r.global_params[name].expand(cohort, *r.global_params[name].shape).clone() for name in names}
     optimizer = r.optimizer(list(params.values()))
-    final = {name: torch.empty_like(p) for name, p in params.items()}
+    alike = bool((r.batches.steps == len(r.batches.rows)).all())
+    # Clients that all take the last step need no copies of earlier ones.
+    final = params if alike else {name: torch.empty_like(p) for name, p in params.items()}
     total, seen = torch.zeros(cohort), torch.zeros(cohort)
 
-    def objective(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        losses = r.loss(functional_call(r.model, (w, fixed), (x,)), y)
-        loss = _weighted_mean(losses, weight)
-        return (loss + penalty(w) if penalty else loss), loss
-
-    step = vmap(grad_and_value(objective, has_aux=True), randomness="different")
+    step = _stacked_step(r, penalty) or _mapped_step(r, penalty, fixed)
     r.model.train()
     for s in range(len(r.batches.rows)):
         rows, weight = r.batches.rows[s], r.batches.weights[s]
-        gradients, (_, loss) = step(params, r.x[rows], r.y[rows], weight)
+        gradients, loss = step(params, r.x[rows], r.y[rows], weight)
         if r.gradient_clip:
-            norms = sum(g.reshape(cohort, -1).pow(2).sum(1) for g in gradients.values()).sqrt()
+            norms = torch.stack([g.reshape(cohort, -1).pow(2).sum(1) for g in gradients.values()]).sum(0).sqrt()
             # The same formula as torch.nn.utils.clip_grad_norm_, for each client by itself.
             scale = (r.gradient_clip / (norms + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in gradients.items()}
@@ -163,20 +175,60 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
         total += torch.where(r.batches.steps > s, loss * weight.sum(1), 0.0)
         seen += weight.sum(1)
         done = r.batches.steps == s + 1
-        if done.any():
+        if not alike and done.any():
             for name in names:
                 final[name][done] = params[name][done]
-    return LocalUpdate(final, total / seen.clamp_min(1e-12))
+    return LocalUpdate({name: p.detach() for name, p in final.items()}, total / seen.clamp_min(1e-12))
+
+
+def _mapped_step(r: LocalRound, penalty: Penalty | None, fixed: Tensors) -> Step:
+    """Return a step of any model: its gradient, mapped over the cohort."""
+
+    def objective(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        losses = r.loss(functional_call(r.model, (w, fixed), (x,)), y)
+        loss = _weighted_mean(losses, weight)
+        return (loss + penalty(w) if penalty else loss), loss
+
+    mapped = vmap(grad_and_value(objective, has_aux=True), randomness="different")
+
+    def step(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+        gradients, (_, loss) = mapped(w, x, y, weight)
+        return gradients, loss
+
+    return step
+
+
+def _stacked_step(r: LocalRound, penalty: Penalty | None) -> Step | None:
+    """Return a step of a model of plain layers; None where the model has others."""
+    forward = stack(r.model)
+    if forward is None:
+        return None
+
+    def step(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+        own = {name: p.detach().requires_grad_() for name, p in w.items()}
+        logits = forward(own, x)
+        # A loss is each example's own, so that all clients' examples can be handed over as one batch.
+        losses = r.loss(logits.flatten(0, 1), y.flatten()).view(weight.shape)
+        loss = (losses * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
+        total = loss + vmap(penalty)(own) if penalty else loss
+        # A client's loss depends on its own weights alone: the gradient of the sum is every client's gradient.
+        return dict(zip(own, torch.autograd.grad(total.sum(), list(own.values())), strict=True)), loss.detach()
+
+    return step
 
 
 def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
     finished, losses = [], []
+    # One copy serves all clients: making a module costs more than a step of a small one.
+    model = copy.deepcopy(r.model).train()
+    tensors = travelling(model)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for client, steps in enumerate(r.batches.steps.tolist()):
-        model = copy.deepcopy(r.model).train()
         with torch.no_grad():
-            for name, tensor in travelling(model).items():
+            for buffer, untouched in zip(model.buffers(), r.model.buffers(), strict=True):
+                buffer.copy_(untouched)
+            for name, tensor in tensors.items():
                 tensor.copy_(r.global_params[name])
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = r.optimizer(list(params.values()))
         total = seen = 0.0
         for s in range(steps):
@@ -190,9 +242,9 @@ def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
             optimizer.step()
             total += float(loss.detach()) * float(weight.sum())
             seen += float(weight.sum())
-        finished.append(travelling(model))
+        finished.append({name: tensor.clone() for name, tensor in tensors.items()})
         losses.append(total / max(seen, 1e-12))
-    stacked = {name: torch.stack([tensors[name] for tensors in finished]) for name in r.global_params}
+    stacked = {name: torch.stack([own[name] for own in finished]) for name in r.global_params}
     return LocalUpdate(stacked, torch.tensor(losses))
 
 
@@ -216,12 +268,27 @@ def plan(sizes: Sequence[int], batch_size: int, epochs: Sequence[Sequence[np.nda
 
     `epochs[i]` holds permutations of range(sizes[i]); each is cut into batches, the last short one kept.
     """
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    per_client = [
-        [epoch[start : start + batch_size] for epoch in client for start in range(0, len(epoch), batch_size)]
-        for client in epochs
-    ]
-    return _pad(offsets, per_client, batch_size)
+    passes, widest = len(epochs[0]), min(batch_size, max(sizes))
+    own = np.asarray(sizes)
+    # Each pass is cut into whole batches, the last one filled up with places that have no weight.
+    per_pass = -(-own // batch_size)
+    steps = per_pass * passes
+    shape = (int(steps.max()), len(sizes), widest)
+    offsets = np.cumsum(own) - own
+    rows = np.broadcast_to(offsets[None, :, None], shape).copy()
+    weights = np.zeros(shape, dtype=np.float32)
+    for size in np.unique(own):
+        # Clients of one size together: most federations have few sizes, or few clients.
+        alike = np.flatnonzero(own == size)
+        count = -(-size // batch_size)
+        padded = np.zeros((len(alike), passes, count * widest), dtype=np.int64)
+        padded[..., :size] = np.stack([np.stack(epochs[int(client)]) for client in alike])
+        real = np.zeros((passes, count * widest), dtype=np.float32)
+        real[:, :size] = 1
+        batches = padded.reshape(len(alike), -1, widest).transpose(1, 0, 2)
+        rows[: passes * count, alike] += batches
+        weights[: passes * count, alike] = real.reshape(-1, 1, widest)
+    return Batches(torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(steps))
 
 
 def stream(

@@ -12,27 +12,26 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 _RECORDS = {"arrays": ArrayRecord, "config": ConfigRecord, "metrics": MetricRecord, "records": RecordDict}
 
 
-def save(tree: Any, folder: Path, name: str) -> None:
-    """Write `tree` as name.json and name.safetensors in the folder."""
+def dump(tree: Any, name: str) -> dict[str, bytes]:
+    """Return the contents of name.json and name.safetensors, which hold `tree`; `TypeError` names what cannot be."""
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps(_pack(tree, name, arrays))
-    save_file(arrays, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(text)
+    return {f"{name}.safetensors": save(arrays), f"{name}.json": text.encode()}
 
 
 def load(folder: Path, name: str) -> Any:
-    """Return the tree that `save` wrote."""
+    """Return the tree whose `dump` lies in the folder."""
     arrays = load_file(folder / f"{name}.safetensors")
     return _unpack(json.loads((folder / f"{name}.json").read_text()), arrays)
 
 
 def packable(value: Any) -> bool:
-    """Return whether `save` takes the value."""
+    """Return whether `dump` takes the value."""
     try:
         _pack(value, "", {})
     except TypeError:

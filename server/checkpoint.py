@@ -1,5 +1,7 @@
 """A checkpoint after every round: everything a run needs to end with the same bits as one that was never stopped.
 
+It is written while the next round trains; a run that is killed meanwhile continues one round earlier.
+
 Nothing random has to be kept: every draw is a function of (seed, round, client).
 """
 
@@ -7,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +37,42 @@ class Checkpoint:
     """The recorder's running totals and the best model so far."""
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the checkpoint under `folder` so that a kill at any moment leaves the previous or the new one whole."""
-    fresh = folder / f"round-{checkpoint.round:06d}"
+class Writer:
+    """Writes checkpoints beside the training: a round's is on disk before that of the next is begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Take the checkpoint as it is now and return while it is written; raises what the last writing raised."""
+        files = tree.dump(dict(vars(checkpoint)), "state")
+        self.wait()
+        self._last = self._thread.submit(write, files, checkpoint.round, self._folder)
+
+    def wait(self) -> None:
+        """Return when everything is on disk."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread once everything is on disk."""
+        self._thread.shutdown()
+        self.wait()
+
+
+def write(files: Mapping[str, bytes], server_round: int, folder: Path) -> None:
+    """Write a checkpoint under `folder` so that a kill at any moment leaves the previous or the new one whole."""
+    fresh = folder / f"round-{server_round:06d}"
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tree.save(dict(vars(checkpoint)), part, "state")
-    for file in part.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    for name, content in files.items():
+        with (part / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
     shutil.rmtree(fresh, ignore_errors=True)
     os.replace(part, fresh)
     for old in folder.glob("round-*"):

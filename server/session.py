@@ -54,6 +54,7 @@ class Session:
         self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
+        self.checkpoints = checkpoints.Writer(folder.checkpoints)
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
         self.saved = folder.last_checkpoint()
         if self.saved is not None:
@@ -83,6 +84,7 @@ class Session:
 
     def finish(self, status: str, error: str) -> dict[str, Any]:
         """Write the summary, the model and the report; return the summary."""
+        self.checkpoints.close()
         kept = self.best if self.config.keep == "best" and self.best else {"arrays": self.arrays, **self.last}
         summary = {
             "task": self.config.task,
@@ -239,8 +241,8 @@ class Session:
             "seconds": self.clock.seconds,
             "traffic": self.traffic,
         }
-        saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, self.grid.client_states, progress)
-        checkpoints.save(saved, self.folder.checkpoints)
+        states = self.grid.client_states
+        self.checkpoints.save(checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress))
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
         checkpoints.refuse_unsaved(saved)

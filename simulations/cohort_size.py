@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 import math
+import os
+import platform
 import time
 from dataclasses import replace
 
@@ -15,26 +20,54 @@ from core.data import Federation
 from core.training import assemble, can_vectorise, local_sgd, make_optimizer, plan
 from tasks import load
 from tasks.base import build_model
+from tasks.download import cache_folder
 
 CANDIDATES = (8, 32, 128)
 BUDGET_SECONDS = 1.5
+REPEATS = 3
 
 
-def measure(config: RunConfig, federation: Federation) -> RunConfig:
+def measure(config: RunConfig, federation: Federation, workers: int) -> RunConfig:
     """Return the config with `engine.cohort-size` decided: the fastest of one by one, 8, 32 and 128 together.
 
-    Candidates do not depend on the number of workers, but the clock decides between them: equal bits need an equal
-    cohort size, so the choice stands in the run's config.toml like any other setting.
+    The clock decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in
+    the run's config.toml like any other setting. It is also remembered for the
+    next run with the same model, data shape and settings on this kind of processor.
     """
     if config.engine.cohort_size != "auto":
         return config
-    model = build_model(load(config), config.seed)
-    # At least two cohorts, so that two workers have something to do.
-    largest = math.ceil(config.count(config.sampled) / 2)
+    task = load(config)
+    model = build_model(task, config.seed)
+    # No larger than leaves every worker something to do.
+    largest = math.ceil(config.count(config.sampled) / max(workers, 1))
     if largest == 1 or not can_vectorise(model):
         return config.with_(engine__cohort_size=1)
+    remembered = cache_folder("cohort-size") / f"{_fingerprint(config, model, federation, largest)}.txt"
+    try:
+        return config.with_(engine__cohort_size=int(remembered.read_text()))
+    except (OSError, ValueError):
+        size = _fastest(config, federation, model, largest)
+    with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(f"{size}\n")
+    return config.with_(engine__cohort_size=size)
+
+
+def _fingerprint(config: RunConfig, model: torch.nn.Module, federation: Federation, largest: int) -> str:
+    """Return a name for everything that the measurement depends on."""
+    keys = ("task", "batch-size", "local-epochs", "local-steps", "optimizer", "gradient-clip")
+    flat = config.flat()
+    parts = [
+        {key: flat[key] for key in keys}, str(model), [list(p.shape) for p in model.parameters()],
+        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), largest, torch.__version__,
+        platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _fastest(config: RunConfig, federation: Federation, model: torch.nn.Module, largest: int) -> int:
     sizes = [1, *(size for size in CANDIDATES if size < largest), min(largest, CANDIDATES[-1])]
-    began, best, seconds = time.perf_counter(), 1, float("inf")
+    best, seconds, began = 1, float("inf"), 0.0
     for size in dict.fromkeys(sizes):
         try:
             taken = _seconds_per_client(config, federation, model, size)
@@ -42,11 +75,13 @@ def measure(config: RunConfig, federation: Federation) -> RunConfig:
             # Data-dependent control flow and the like cannot be mapped: one by one is what always works.
             logging.getLogger("fedra").warning("clients train one by one: the model cannot be mapped (%s)", error)
             break
+        # The clock starts after the first: what a process does once (imports, allocations) is not the model's time.
+        began = began or time.perf_counter()
         if taken < seconds:
             best, seconds = size, taken
         if time.perf_counter() - began > BUDGET_SECONDS:
             break
-    return config.with_(engine__cohort_size=best)
+    return best
 
 
 def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.nn.Module, size: int) -> float:
@@ -60,9 +95,16 @@ def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.
         np.concatenate([split.y[:few] for split in clients]),
         plan(sizes, config.batch_size, [[np.arange(n)] for n in sizes]),
         make_optimizer(config, config.learning_rate),
+        vectorised=size > 1,
     )  # fmt: skip
     first_step = replace(cohort, batches=plan([1] * size, 1, [[np.zeros(1, dtype=np.int64)]] * size))
     local_sgd(first_step)
-    began = time.perf_counter()
-    local_sgd(cohort)
-    return (time.perf_counter() - began) / size
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        local_sgd(cohort)
+        times.append(time.perf_counter() - began)
+        if sum(times) > BUDGET_SECONDS / 10:
+            break
+    # The least of a few: what disturbs a measurement only ever adds to it.
+    return min(times) / size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, 
     quiet()
     federation = check_run(config)
     with one_thread():
-        config = measure(config, federation)
+        config = measure(config, federation, worker_count(config))
     baselines = partial(train_baselines, config, federation) if config.baselines else None
     with one_thread(), engine(config, federation) as grid:
         # Only now: a start that fails or is interrupted leaves no folder behind.
@@ -143,9 +144,19 @@ def engine(config: RunConfig, federation: Federation) -> Iterator[RayGrid]:
     pool: Pool
     pool = RayPool(workers, config.engine.address, arguments) if workers else LocalPool(partial(Worker, *arguments))
     try:
-        yield RayGrid(pool, config.clients, config.engine.cohort_size, federation.train.sizes)
+        yield RayGrid(pool, config.clients, together(config), federation.train.sizes)
     finally:
         pool.close()
+
+
+def together(config: RunConfig) -> int:
+    """Return how many clients go to a worker at once: a cohort, or a few that train one by one, for less shipping.
+
+    It does not depend on how many workers there are, and so the sums of partial means do not.
+    """
+    size = config.engine.cohort_size
+    assert isinstance(size, int)
+    return size if size > 1 else min(16, math.ceil(config.count(config.sampled) / 16))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from core import tree
 from core.errors import InputError
-from server.checkpoint import Checkpoint, load, refuse_unsaved, restore_strategy, save, strategy_state
+from server.checkpoint import Checkpoint, Writer, load, refuse_unsaved, restore_strategy, strategy_state
 
 
 def _checkpoint(server_round: int, **changes: object) -> Checkpoint:
@@ -30,7 +30,8 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
         "states": {7: records, 9: RecordDict({"m": MetricRecord({"n": 3})})},
         "scalar": np.array(2.0),
     }
-    tree.save(before, tmp_path, "state")
+    for name, content in tree.dump(before, "state").items():
+        (tmp_path / name).write_bytes(content)
     after = tree.load(tmp_path, "state")
     assert after["numbers"] == before["numbers"]
     assert isinstance(after["pair"], tuple)
@@ -45,15 +46,17 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     "value",
     [object(), {(1, 2): 3}, lambda: None, b"bytes", {1, 2}, np.array(["x"]), np.complex128(1), np.datetime64("2026")],
 )
-def test_what_a_tree_cannot_hold_is_an_error_that_names_the_place(value: object, tmp_path: Path) -> None:
+def test_what_a_tree_cannot_hold_is_an_error_that_names_the_place(value: object) -> None:
     with pytest.raises(TypeError, match="state/inner/0"):
-        tree.save({"inner": [value]}, tmp_path, "state")
+        tree.dump({"inner": [value]}, "state")
 
 
 def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_ignored(tmp_path: Path) -> None:
     assert load(tmp_path) is None
-    save(_checkpoint(1), tmp_path)
-    save(_checkpoint(2), tmp_path)
+    writer = Writer(tmp_path)
+    writer.save(_checkpoint(1))
+    writer.save(_checkpoint(2))
+    writer.close()
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "state.json").write_text('{"dict": [')
     found = load(tmp_path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import permutations
+from core.stacked import stack
 from core.training import (
     Batches,
     LocalRound,
@@ -241,3 +242,48 @@ def test_a_clients_permutations_do_not_depend_on_who_is_with_it() -> None:
         for seed, r, c in ((4, 1, 9), (3, 2, 9), (3, 1, 8))
     ]
     assert alone[0].tolist() not in others
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_plain_layers_written_out_equal_the_mapped_model(penalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh()),
+        nn.Linear(8, 1), nn.Flatten(0),
+    )  # fmt: skip
+    r = _round("mlp", epochs=2)
+    r = replace(r, model=model, global_params={n: p.detach() for n, p in model.named_parameters()}, gradient_clip=0.1)
+    penalty = (lambda w: sum(p.pow(2).sum() for p in w.values())) if penalised else None
+    assert stack(model) is not None
+    written_out = local_sgd(r, penalty)
+    monkeypatch.setattr("core.training.stack", lambda model: None)
+    mapped = local_sgd(r, penalty)
+    torch.testing.assert_close(written_out.loss, mapped.loss)
+    for name, p in mapped.params.items():
+        torch.testing.assert_close(written_out.params[name], p, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_works_on_inputs_of_several_dimensions() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm((5, 3)), nn.Flatten(1), nn.Linear(15, 2))
+    own = {n: torch.stack([p.detach(), 2 * p.detach()]) for n, p in model.named_parameters()}
+    x = torch.randn(2, 7, 5, 4, generator=torch.Generator().manual_seed(0))
+    forward = stack(model)
+    assert forward is not None
+    for client, scale in enumerate((1, 2)):
+        alone = torch.func.functional_call(model, {n: scale * p for n, p in model.named_parameters()}, (x[client],))
+        torch.testing.assert_close(forward(own, x)[client], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_plain_is_left_to_vmap() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    frozen[0].weight.requires_grad_(False)
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda *_: None)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for model in (tied, frozen, hooked, Doubled(4, 4), nn.Sequential(nn.Conv2d(1, 1, 1))):
+        assert stack(model) is None

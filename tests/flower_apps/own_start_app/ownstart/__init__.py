@@ -1,0 +1,1 @@
+"""A strategy with its own training loop."""

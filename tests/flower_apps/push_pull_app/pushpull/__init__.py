@@ -1,0 +1,1 @@
+"""Federated analytics with queries and without a strategy."""

@@ -1,0 +1,1 @@
+"""Clients that remember: a momentum kept in the context."""
