@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export FLWR_TELEMETRY_ENABLED = 0
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check bench clean
 
 demo: $(STAMP)  ## install, then federate breast-cancer diagnosis over ten clinics
 	$(BIN)/fedra run medical
@@ -22,8 +22,15 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(STAMP)  ## a short benchmark against the bare torch loop; perf/README.md has the long one
+	$(BIN)/python perf/bench.py --short --turns 3
+
+perf/.venv-pfl:  ## pfl-research in an environment of its own, for perf/bench.py
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'pfl[pytorch]==0.6.0'
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv perf/.venv-pfl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

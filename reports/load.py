@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,12 @@ from core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def described(heterogeneity: Mapping[str, Any]) -> Sequence[int]:
+    """Return the numbers of the clients that heterogeneity.json describes: of very many only some are drawn."""
+    numbers: Sequence[int] = heterogeneity.get("clients") or range(len(heterogeneity.get("names") or []))
+    return numbers
 
 
 @dataclass(frozen=True)

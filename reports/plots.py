@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reports import look
-from reports.load import RunData, series
+from reports.load import RunData, described, series
 from reports.words import SCORES, finite, metric, ordered
 
 if TYPE_CHECKING:
@@ -76,12 +76,14 @@ def client_scores(run: RunData) -> tuple[str, go.Figure] | None:
     sizes = (run.heterogeneity.get("sizes") or {}).get("train")
     if run.clients is None or not sizes:
         return None
+    size_of = dict(zip(described(run.heterogeneity), sizes, strict=True))
     measured = {column.removeprefix("test_") for column in run.clients.columns if column.startswith("test_")}
     for name in (known for known in ordered(measured) if known in SCORES):
         rows = run.clients.dropna(subset=[f"test_{name}"]).sort_values("round", kind="stable")
         last = rows.drop_duplicates("client", keep="last")
+        last = last[last["client"].isin(list(size_of))]
         if not last.empty:
-            return name, _score_by_size(run, last, name, [sizes[client] for client in map(int, last["client"])])
+            return name, _score_by_size(run, last, name, [size_of[client] for client in map(int, last["client"])])
     return None
 
 
@@ -92,7 +94,7 @@ def _score_by_size(run: RunData, last: pd.DataFrame, name: str, sizes: list[int]
         "mode": "markers",
         "x": sizes,
         "y": values,
-        "text": _hover(last, run.heterogeneity.get("names") or []),
+        "text": _hover(last, run.heterogeneity),
         "hovertemplate": "%{text}<br>%{x:,} examples<br>%{y:.3f}<extra></extra>",
         "marker": {"size": 10 if len(last) <= 60 else 6, "color": look.CLIENTS, "opacity": 0.75},
     }
@@ -212,7 +214,6 @@ def _score_chart(
     return look.figure(traces, x, y, height=max(70 + 46 * len(titles), least_height))
 
 
-def _hover(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    return [
-        look.text(names[client]) if client < len(names) else f"client {client}" for client in map(int, rows["client"])
-    ]
+def _hover(rows: pd.DataFrame, heterogeneity: Mapping[str, Any]) -> list[str]:
+    names = dict(zip(described(heterogeneity), heterogeneity.get("names") or [], strict=False))
+    return [look.text(names.get(client, f"client {client}")) for client in map(int, rows["client"])]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HEADLINES = 4
 LABEL_COLUMNS = 8
+TABLE_ROWS = 1000
 # Below this a gap between pooled and alone is noise, and a share of it says nothing.
 GAP = 0.002
 # An empty key: the figure beside one that has a key starts at the same height.
@@ -146,7 +147,14 @@ def differences(run: RunData) -> Section | None:
     ]
     colors = zip(look.PALETTE, counts.labels, strict=False) if counts.has_colors else ()
     legend = key(("square", color, label) for color, label in colors)
-    body = [paragraph(counts.sentence), legend, element("div", *pictures, class_="halves"), _label_table(counts)]
+    registered = run.summary.get("clients") or 0
+    drawn = f"Of {registered:,} clients these were drawn. " if registered > len(counts.names) else ""
+    body = [
+        paragraph(drawn + counts.sentence),
+        legend,
+        element("div", *pictures, class_="halves"),
+        _label_table(counts),
+    ]
     return Section("heterogeneity", "Heterogeneity", join(body))
 
 
@@ -232,12 +240,14 @@ def _label_table(counts: Counts) -> Html:
     few = len(counts.labels) <= LABEL_COLUMNS
     splits = [split for split in ("train", "validation", "test") if split in counts.sizes]
     rows = []
-    for i, (name, shares) in enumerate(zip(counts.names, counts.shares, strict=True)):
+    shown = list(zip(counts.names, counts.shares, strict=True))[:TABLE_ROWS]
+    for i, (name, shares) in enumerate(shown):
         sizes = [f"{counts.sizes[split][i]:,}" for split in splits]
         rows.append([name, *sizes, *map(_share, shares)] if few else [name, _commonest(counts.labels, shares), *sizes])
     titles = [split.capitalize() for split in splits]
     headings = ["Client", *titles, *counts.labels] if few else ["Client", "Commonest labels", *titles]
-    note = paragraph("Examples of each split, and the label shares of the training split.", quiet=True)
+    first = f" The first {TABLE_ROWS:,} of {len(counts.names):,} clients." if len(counts.names) > TABLE_ROWS else ""
+    note = paragraph(f"Examples of each split, and the label shares of the training split.{first}", quiet=True)
     return join([note, markup.table(headings, rows, text=1 if few else 2)])
 
 

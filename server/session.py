@@ -128,7 +128,13 @@ class Session:
         splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
         self.folder.write_json(
             "heterogeneity.json",
-            {"labels": self.task.labels, "names": about.names, "label_counts": about.label_counts, "sizes": splits},
+            {
+                "labels": self.task.labels,
+                "clients": sorted(about.order.values()),
+                "names": about.names,
+                "label_counts": about.label_counts,
+                "sizes": splits,
+            },
         )
         if about.constants:
             self.folder.write_json("constants.json", about.constants)

@@ -63,7 +63,8 @@ def test_a_documented_command_prints_what_is_shown(document: str, block: str, tm
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "140"}
     for command, lines in _sessions(block):
         # `make demo` is its recipe here: the environment is there already.
-        command = command.replace("make demo", _recipe("demo")).replace("DATA/", f"{SHARED}/")
+        for shown, real in {"make demo": _recipe("demo"), "DATA/": f"{SHARED}/", "REPO/": f"{ROOT}/"}.items():
+            command = command.replace(shown, real)
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=tmp_path,
