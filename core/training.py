@@ -208,7 +208,7 @@ def _stacked_step(r: LocalRound, penalty: Penalty | None) -> Step | None:
         own = {name: p.detach().requires_grad_() for name, p in w.items()}
         logits = forward(own, x)
         # A loss is each example's own, so that all clients' examples can be handed over as one batch.
-        losses = r.loss(logits.flatten(0, 1), y.flatten()).view(weight.shape)
+        losses = r.loss(logits.flatten(0, 1), y.flatten(0, 1)).view(weight.shape)
         loss = (losses * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
         total = loss + vmap(penalty)(own) if penalty else loss
         # A client's loss depends on its own weights alone: the gradient of the sum is every client's gradient.

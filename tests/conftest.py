@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +16,8 @@ import pytest
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Measured cohort sizes and downloads of tests are nobody's.
+os.environ["FEDRA_CACHE"] = tempfile.mkdtemp(prefix="fedra-tests-")
 SESSION = os.environ.setdefault("FEDRA_TEST_SESSION", uuid.uuid4().hex)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -52,6 +56,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left() -> Iterator[None]:
     yield
+    shutil.rmtree(os.environ["FEDRA_CACHE"], ignore_errors=True)
     left = list(_descendants())
     deadline = time.monotonic() + 20
     while left and time.monotonic() < deadline:

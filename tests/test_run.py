@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from core.config import RunConfig
 from core.errors import InputError
 from core.metrics import score
 from server.build import check
+from simulations.cohort_size import measure
 from simulations.run import Run, preset, simulate
 from strategies import STRATEGIES
 
@@ -101,8 +104,6 @@ def test_evaluate_every_skips_rounds_but_never_the_last(smoke: Callable[..., Run
 
 
 def test_sampling_takes_that_many_clients_and_changes_from_round_to_round(smoke: Callable[..., RunConfig]) -> None:
-    import pandas as pd
-
     run = simulate(smoke(clients=12, sampled=3, rounds=4))
     rows = pd.read_parquet(run.path / "clients.parquet").dropna(subset=["train_loss"])
     sampled = rows.groupby("round")["client"].apply(set)
@@ -113,6 +114,38 @@ def test_sampling_takes_that_many_clients_and_changes_from_round_to_round(smoke:
 def test_an_unmeasured_cohort_size_is_measured_and_recorded(smoke: Callable[..., RunConfig]) -> None:
     run = simulate(smoke(engine__cohort_size="auto", rounds=1))
     assert isinstance(preset(str(run.path / "config.toml")).engine.cohort_size, int)
+
+
+def test_a_measured_cohort_size_is_remembered_for_the_same_model_and_settings(
+    smoke: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDRA_CACHE", str(tmp_path))
+    auto = smoke(engine__cohort_size="auto", clients=12)
+    measured = measure(auto, check(auto), workers=0)
+    [remembered] = (tmp_path / "cohort-size").iterdir()
+    assert int(remembered.read_text()) == measured.engine.cohort_size
+    remembered.write_text("5\n")
+    assert measure(auto, check(auto), workers=0).engine.cohort_size == 5
+    assert measure(smoke(engine__cohort_size="auto", clients=12, batch_size=4), check(auto), workers=0) is not None
+    assert len(list((tmp_path / "cohort-size").iterdir())) == 2
+    remembered.write_text("half a")
+    assert measure(auto, check(auto), workers=0).engine.cohort_size > 0
+
+
+def test_of_very_many_clients_only_some_describe_themselves_and_evaluate(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.evaluate.DESCRIBED", 5)
+    run = simulate(smoke(clients=12, rounds=2))
+    described = json.loads((run.path / "heterogeneity.json").read_text())
+    assert len(described["clients"]) == len(described["names"]) == len(described["sizes"]["train"]) == 5
+    assert described["names"] == [f"client {client}" for client in described["clients"]]
+    rows = pd.read_parquet(run.path / "clients.parquet")
+    assert set(rows.dropna(subset="test_loss")["client"]) == set(described["clients"])
+    assert len(rows[rows["round"] == 1].dropna(subset="train_loss")) == 12
+    assert "Of 12 clients these were drawn" in (run.path / "report.html").read_text()
+    again = simulate(smoke(clients=12, rounds=2))
+    assert again.metrics == run.metrics
 
 
 @pytest.mark.parametrize("cohort_size", [1, 4])
