@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +27,6 @@ from core.config import RunConfig
 from core.errors import unknown
 from core.records import Tensors, travelling
 from core.stacked import stack
-
-# An optimiser's first use imports torch's compiler (1.6 s) to keep it from tracing this function; nothing is compiled
-# here. Where torch has no such function any more nothing happens.
-_add = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
-if _add is not None and "torch._dynamo" not in sys.modules:
-    _add.__dict__.setdefault("__dynamo_disable", _add)
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
