@@ -17,11 +17,12 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
 
 from core import records
+from core.batches import Batches, plan, stream
 from core.config import RunConfig
 from core.data import Federation, Ragged
 from core.metrics import score_counts, score_each, weighted_means
 from core.seeding import derive, permutations, rng
-from core.training import Batches, LocalUpdate, assemble, learning_rate, make_optimizer, plan, stream
+from core.training import LocalUpdate, assemble, learning_rate, make_optimizer
 from strategies import local_update
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from core import records
+from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation, Split
 from core.metrics import best_threshold, score, score_counts, spread
 from core.seeding import derive, rng
-from core.training import assemble, local_sgd, make_optimizer, plan
+from core.training import assemble, local_sgd, make_optimizer
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict
 

@@ -15,9 +15,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation
-from core.training import assemble, can_vectorise, local_sgd, make_optimizer, plan
+from core.training import assemble, can_vectorise, local_sgd, make_optimizer
 from tasks import load
 from tasks.base import build_model
 from tasks.download import cache_folder

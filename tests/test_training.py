@@ -10,21 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.batches import Batches, plan, stream
 from core.config import RunConfig
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import permutations
 from core.stacked import stack
 from core.training import (
-    Batches,
     LocalRound,
     can_vectorise,
     global_loss,
     learning_rate,
     local_sgd,
     make_optimizer,
-    plan,
     squared_distance,
-    stream,
 )
 from tasks.base import classification_loss
 from tasks.text_models import TextTransformer
