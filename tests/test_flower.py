@@ -67,7 +67,11 @@ def _fedra_flower(app: str, workers: int, *more: str) -> dict:
     return _result(done.stdout)
 
 
-@pytest.mark.parametrize("app", sorted(PRINTED))
+# Seconds of importing each: three of them in the default run.
+_SLOW = {"torch_app", "sklearn_app", "own_start_app"}
+
+
+@pytest.mark.parametrize("app", [pytest.param(app, marks=[pytest.mark.slow] * (app in _SLOW)) for app in PRINTED])
 def test_an_app_prints_what_it_prints_under_flwr_run(app: str) -> None:
     assert list(_numbers(_fedra_flower(app, workers=0))) == list(_numbers(PRINTED[app]))
 
