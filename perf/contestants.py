@@ -19,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# A benchmark's data have no rows worth keeping.
 PFL_PYTHON = os.environ.get("PFL_PYTHON", str(ROOT / "perf" / ".venv-pfl" / "bin" / "python"))
 Timed = dict[str, Any]
 
