@@ -90,9 +90,7 @@ class RayGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages that have come by now, each once."""
         for ticket, result in self._pool.wait(0).items():
-            if (cohort := self._tickets.pop(ticket, None)) is not None:
-                for reply in self._replies_of(cohort, result):
-                    self._pulled[reply.metadata.reply_to_message_id] = reply
+            self._keep(ticket, result)
         return [self._pulled.pop(message_id) for message_id in message_ids if message_id in self._pulled]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -119,6 +117,8 @@ class RayGrid(Grid):
             for ticket, result in self._pool.wait(left).items():
                 if (place := under_way.pop(ticket, None)) is not None:
                     done[place] = self._replies_of(cohorts[place], result)
+                else:
+                    self._keep(ticket, result)
             while taken in done:
                 for reply in done.pop(taken):
                     if cohorts[taken].shared.partial and reply.has_content():
@@ -134,6 +134,12 @@ class RayGrid(Grid):
         for first, mean in merged.values():
             first.content = mean.content()
         return [*(first for first, _ in merged.values()), *replies]
+
+    def _keep(self, ticket: int, result: Result) -> None:
+        """Keep the replies to pushed messages until they are pulled; those to a round that is over are dropped."""
+        if (cohort := self._tickets.pop(ticket, None)) is not None:
+            for reply in self._replies_of(cohort, result):
+                self._pulled[reply.metadata.reply_to_message_id] = reply
 
     def _cohorts(self, messages: list[Message]) -> list[_Cohort]:
         """Return the messages in cohorts: those that share their content, the longest clients first."""

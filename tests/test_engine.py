@@ -88,6 +88,15 @@ def test_push_and_pull_return_each_reply_once() -> None:
     assert {reply.metadata.reply_to_message_id for reply in pulled} == set(ids)
 
 
+def test_pushed_messages_are_answered_though_others_are_sent_meanwhile() -> None:
+    grid = _local("counting", clients=4)
+    ids = list(grid.push_messages(_train_messages(grid, [node_of(0), node_of(1)])))
+    replies = list(grid.send_and_receive(_train_messages(grid, [node_of(2), node_of(3)])))
+    assert [reply.metadata.src_node_id for reply in replies] == [node_of(2), node_of(3)]
+    pulled = [reply for _ in range(3) for reply in grid.pull_messages(ids)]
+    assert {reply.metadata.reply_to_message_id for reply in pulled} == set(ids)
+
+
 def test_a_client_that_raises_is_an_error_reply_and_the_others_answer() -> None:
     grid = _local("raising", clients=4)
     replies = list(grid.send_and_receive(_train_messages(grid)))
