@@ -56,13 +56,26 @@ class CohortApp(ClientApp):
     """A Flower ClientApp that can also answer for many clients at once, which is what the local engine asks of it."""
 
     def cohort(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
-        """Return answers that cover every context once. What raises for one client is that client's error alone."""
+        """Return answers that cover every context once. What raises for one client is that client's error alone.
+
+        More clients than train together are several cohorts, one after the other.
+        """
+        together = contexts[0].run_config.get("engine.cohort-size")
+        # One by one they are all handed over: a model is loaded once for them.
+        size = together if message_type == "train" and isinstance(together, int) and together > 1 else len(contexts)
+        replies: list[Reply] = []
+        for start in range(0, len(contexts), size):
+            answers = self._answer(message_type, content, contexts[start : start + size])
+            replies += [([start + i for i in positions], answer) for positions, answer in answers]
+        return _merged(replies) if records.config_of(content).get(records.PARTIAL_MEAN) else replies
+
+    def _answer(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         try:
             return HANDLERS[message_type](content, contexts)
         except Exception as error:
             if len(contexts) > 1:
                 # Somebody in the cohort fails: each answers alone, so that nobody else's work is lost.
-                alone = [self.cohort(message_type, content, [context]) for context in contexts]
+                alone = [self._answer(message_type, content, [context]) for context in contexts]
                 return [([i], answer) for i, replies in enumerate(alone) for _, answer in replies]
             logging.getLogger("fedra").warning("client %s failed: %s", _client(contexts[0]), error)
             return [([0], _error(f"client {_client(contexts[0])}: {type(error).__name__}: {error}"))]
@@ -103,6 +116,16 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     refused = [i for i, ok in enumerate(finite) if not ok]
     reason = "the trained model is not finite; lower learning-rate or set gradient-clip"
     return answers + [([i], _error(f"client {clients[i]}: {reason}")) for i in refused]
+
+
+def _merged(replies: Sequence[Reply]) -> list[Reply]:
+    """Return the cohorts' means as one, and the errors as they are."""
+    whole = [(positions, answer) for positions, answer in replies if isinstance(answer, RecordDict)]
+    merged = records.MergedReply()
+    for _, answer in whole:
+        merged.add(answer)
+    means: list[Reply] = [([i for positions, _ in whole for i in positions], merged.content())] if whole else []
+    return means + [reply for reply in replies if isinstance(reply[1], Error)]
 
 
 def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
@@ -196,10 +219,12 @@ def _batches(
     config: RunConfig, server_round: int, clients: Sequence[int], sizes: Sequence[int], contexts: Sequence[Context]
 ) -> Batches:
     if not config.local_steps:
-        epochs = permutations(
-            config.seed, "batches", server_round, clients=clients, sizes=sizes, times=config.local_epochs
-        )
-        return plan(sizes, config.batch_size, epochs)
+
+        def shuffled(at: np.ndarray, size: int) -> np.ndarray:
+            chosen, path = np.asarray(clients)[at], ("batches", server_round)
+            return permutations(config.seed, *path, clients=chosen, size=size, times=config.local_epochs)
+
+        return plan(sizes, config.batch_size, shuffled)
 
     def shuffle(client: int, size: int) -> Callable[[int], np.ndarray]:
         return lambda epoch: rng(config.seed, "stream", client, epoch).permutation(size)
@@ -221,7 +246,10 @@ def _trained(
     share = weights / weights.sum()
 
     def mean(values: Tensor) -> Tensor:
-        return values[group[0]] if len(group) == 1 else torch.tensordot(share, values[group], dims=1)
+        if len(group) == 1:
+            return values[group[0]]
+        # Choosing copies every model: not where all are chosen.
+        return torch.tensordot(share, values if len(group) == len(sizes) else values[group], dims=1)
 
     metrics = {records.TRAIN_LOSS: update.loss, **update.metrics}
     content = _answer(

@@ -23,31 +23,35 @@ class Batches:
     steps: Tensor
 
 
-def plan(sizes: Sequence[int], batch_size: int, epochs: Sequence[Sequence[np.ndarray]]) -> Batches:
-    """Return the batches of clients with `sizes` examples, laid one after the other, from each client's epochs.
+Shuffled = Callable[[np.ndarray, int], np.ndarray]
+"""(positions of clients that have this size, size) -> their permutations, an epoch each: (clients, epochs, size)."""
 
-    `epochs[i]` holds permutations of range(sizes[i]); each is cut into batches, the last short one kept.
-    """
-    passes, widest = len(epochs[0]), min(batch_size, max(sizes))
+
+def plan(sizes: Sequence[int], batch_size: int, shuffled: Shuffled) -> Batches:
+    """Return the batches of clients with `sizes` examples, laid one after the other; an epoch's last is short."""
     own = np.asarray(sizes)
-    # Each pass is cut into whole batches, the last one filled up with places that have no weight.
-    per_pass = -(-own // batch_size)
-    steps = per_pass * passes
-    shape = (int(steps.max()), len(sizes), widest)
     offsets = np.cumsum(own) - own
-    rows = np.broadcast_to(offsets[None, :, None], shape).copy()
-    weights = np.zeros(shape, dtype=np.float32)
+    widest = min(batch_size, int(own.max()))
+    parts = []
+    # Clients of one size together: most federations have few sizes, or few clients.
     for size in np.unique(own):
-        # Clients of one size together: most federations have few sizes, or few clients.
         alike = np.flatnonzero(own == size)
-        count = -(-size // batch_size)
-        padded = np.zeros((len(alike), passes, count * widest), dtype=np.int64)
-        padded[..., :size] = np.stack([np.stack(epochs[int(client)]) for client in alike])
-        real = np.zeros((passes, count * widest), dtype=np.float32)
-        real[:, :size] = 1
-        batches = padded.reshape(len(alike), -1, widest).transpose(1, 0, 2)
-        rows[: passes * count, alike] += batches
-        weights[: passes * count, alike] = real.reshape(-1, 1, widest)
+        epochs = shuffled(alike, int(size))
+        # Each epoch is cut into whole batches, the last one filled up with places that have no weight.
+        filled = -(-size // batch_size) * widest
+        rows = np.zeros((*epochs.shape[:2], filled), dtype=np.int64)
+        rows[..., :size] = epochs
+        real = np.broadcast_to(np.arange(filled) < size, rows.shape)
+        parts.append((alike, rows.reshape(len(alike), -1, widest), real.reshape(len(alike), -1, widest)))
+    steps = np.zeros(len(own), dtype=np.int64)
+    for alike, batches, _ in parts:
+        steps[alike] = batches.shape[1]
+    shape = (int(steps.max()), len(own), widest)
+    rows, weights = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    rows[:] = offsets[None, :, None]
+    for alike, batches, real in parts:
+        rows[: batches.shape[1], alike] += batches.transpose(1, 0, 2)
+        weights[: batches.shape[1], alike] = real.transpose(1, 0, 2)
     return Batches(torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(steps))
 
 

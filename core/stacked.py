@@ -8,6 +8,7 @@ layers of this file is therefore written out; everything else is mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +20,27 @@ _ELEMENTWISE = (
 )  # fmt: skip
 
 
-def stack(model: nn.Module) -> Forward | None:
+def stack(model: nn.Module, rate: float | None = None) -> Forward | None:
     """Return the model as a function of stacked parameters (C, ...) and inputs x (C, B, ...); None where it cannot be.
 
-    It computes what the model computes for each of C clients. Dropout draws a mask of its own for every client.
+    It computes what the model computes for each of C clients. Dropout draws a mask of its own for every client. With
+    a rate, the backward pass moves the linear layers' parameters by it, in place, and gives them no gradient.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     plain = all(p.requires_grad for p in parameters.values()) and len(set(map(id, parameters.values()))) == len(
         parameters
     )
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return _layer(model, "") if plain and not hooked else None
+    return _layer(model, "", rate) if plain and not hooked else None
 
 
-def _layer(module: nn.Module, prefix: str) -> Forward | None:
+def _layer(module: nn.Module, prefix: str, rate: float | None) -> Forward | None:
     kind = type(module)
     if kind is nn.Sequential:
-        layers = [_layer(child, f"{prefix}{name}.") for name, child in module.named_children()]
+        layers = [_layer(child, f"{prefix}{name}.", rate) for name, child in module.named_children()]
         return _chain([layer for layer in layers if layer]) if all(layers) else None
     if isinstance(module, nn.Linear) and kind is nn.Linear:
-        return _linear(prefix, module.bias is not None)
+        return _linear(prefix, module.bias is not None) if rate is None else _descending(prefix, rate)
     if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm:
         return _layer_norm(module, prefix)
     if isinstance(module, nn.Flatten) and kind is nn.Flatten:
@@ -69,6 +71,36 @@ def _linear(prefix: str, has_bias: bool) -> Forward:
         return out.reshape(*x.shape[:-1], -1)
 
     return forward
+
+
+def _descending(prefix: str, rate: float) -> Forward:
+    def forward(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        out = _Descent.apply(x.flatten(1, -2), w[f"{prefix}weight"], w.get(f"{prefix}bias"), rate)
+        return out.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+class _Descent(torch.autograd.Function):
+    """A linear layer of every client whose backward pass takes the step of plain SGD."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rate: float) -> Tensor:
+        """Return (C, B, out) from x (C, B, in), weight (C, out, in) and bias (C, out)."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.rate = rate
+        product = x.bmm(weight.transpose(1, 2))
+        return product if bias is None else product.add_(bias.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Return the gradient of x and move weight and bias: W <- W - rate * gradient^T x."""
+        x, weight, bias = ctx.saved_tensors
+        to_x = gradient.bmm(weight) if ctx.needs_input_grad[0] else None
+        weight.baddbmm_(gradient.transpose(1, 2), x, alpha=-ctx.rate)
+        if bias is not None:
+            bias.sub_(gradient.sum(1), alpha=ctx.rate)
+        return to_x, None, None, None
 
 
 def _layer_norm(module: nn.LayerNorm, prefix: str) -> Forward:

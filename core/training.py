@@ -13,6 +13,7 @@ its slot computes afterwards reaches nobody.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 
 from core.batches import Batches
 from core.config import RunConfig
 from core.errors import unknown
 from core.records import Tensors, travelling
-from core.stacked import stack
+from core.steps import Penalty, make_step
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -36,7 +37,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
 }
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,6 @@ def assemble(
     return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches, optimizer=optimizer, **fields)
 
 
-Step = Callable[[Tensors, Tensor, Tensor, Tensor], tuple[Tensors, Tensor]]
-"""(weights, x, y, example weights), all with a client axis in front -> (gradients, each client's loss)."""
 LocalUpdateFn = Callable[[LocalRound], LocalUpdate]
 
 
@@ -128,75 +126,30 @@ def global_loss(r: LocalRound) -> Tensor:
 
 
 def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
-    cohort = len(r.batches.steps)
+    cohort, batches = len(r.batches.steps), r.batches
     names = [name for name, p in r.model.named_parameters() if p.requires_grad]
-    # Every name of a trainable parameter is left out: a tied one has several and functional_call wants one.
-    trainable = {name for name, p in r.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    fixed = {name: t for name, t in r.model.state_dict().items() if name not in trainable}
     params = {name: r.global_params[name].expand(cohort, *r.global_params[name].shape).clone() for name in names}
-    optimizer = r.optimizer(list(params.values()))
-    alike = bool((r.batches.steps == len(r.batches.rows)).all())
+    alike = bool((batches.steps == len(batches.rows)).all())
     # Clients that all take the last step need no copies of earlier ones.
     final = params if alike else {name: torch.empty_like(p) for name, p in params.items()}
-    total, seen = torch.zeros(cohort), torch.zeros(cohort)
+    step = make_step(r.model, r.loss, params, r.optimizer, penalty, r.gradient_clip)
+    counts = batches.weights.sum(2)
+    # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
+    shares = batches.weights / counts.clamp_min(1e-12).unsqueeze(2)
+    losses = torch.zeros_like(counts)
 
-    step = _stacked_step(r, penalty) or _mapped_step(r, penalty, fixed)
     r.model.train()
-    for s in range(len(r.batches.rows)):
-        rows, weight = r.batches.rows[s], r.batches.weights[s]
-        gradients, loss = step(params, r.x[rows], r.y[rows], weight)
-        if r.gradient_clip:
-            norms = torch.stack([g.reshape(cohort, -1).pow(2).sum(1) for g in gradients.values()]).sum(0).sqrt()
-            # The same formula as torch.nn.utils.clip_grad_norm_, for each client by itself.
-            scale = (r.gradient_clip / (norms + 1e-6)).clamp(max=1.0)
-            gradients = {n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in gradients.items()}
-        for name in names:
-            params[name].grad = gradients[name]
-        optimizer.step()
-        # Not a product: what a finished client's slot computes may be nan, and nan * 0 is nan.
-        total += torch.where(r.batches.steps > s, loss * weight.sum(1), 0.0)
-        seen += weight.sum(1)
-        done = r.batches.steps == s + 1
+    for s, rows in enumerate(batches.rows):
+        flat = rows.flatten()
+        x, y = (values.index_select(0, flat).view(*rows.shape, *values.shape[1:]) for values in (r.x, r.y))
+        losses[s] = step(x, y, shares[s])
+        done = batches.steps == s + 1
         if not alike and done.any():
             for name in names:
-                final[name][done] = params[name][done]
-    return LocalUpdate({name: p.detach() for name, p in final.items()}, total / seen.clamp_min(1e-12))
-
-
-def _mapped_step(r: LocalRound, penalty: Penalty | None, fixed: Tensors) -> Step:
-    """Return a step of any model: its gradient, mapped over the cohort."""
-
-    def objective(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        losses = r.loss(functional_call(r.model, (w, fixed), (x,)), y)
-        loss = _weighted_mean(losses, weight)
-        return (loss + penalty(w) if penalty else loss), loss
-
-    mapped = vmap(grad_and_value(objective, has_aux=True), randomness="different")
-
-    def step(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
-        gradients, (_, loss) = mapped(w, x, y, weight)
-        return gradients, loss
-
-    return step
-
-
-def _stacked_step(r: LocalRound, penalty: Penalty | None) -> Step | None:
-    """Return a step of a model of plain layers; None where the model has others."""
-    forward = stack(r.model)
-    if forward is None:
-        return None
-
-    def step(w: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
-        own = {name: p.detach().requires_grad_() for name, p in w.items()}
-        logits = forward(own, x)
-        # A loss is each example's own, so that all clients' examples can be handed over as one batch.
-        losses = r.loss(logits.flatten(0, 1), y.flatten(0, 1)).view(weight.shape)
-        loss = (losses * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
-        total = loss + vmap(penalty)(own) if penalty else loss
-        # A client's loss depends on its own weights alone: the gradient of the sum is every client's gradient.
-        return dict(zip(own, torch.autograd.grad(total.sum(), list(own.values())), strict=True)), loss.detach()
-
-    return step
+                final[name][done] = params[name][done].detach()
+    # Not a product: what a finished client's slot computes may be nan, and nan * 0 is nan.
+    total = torch.where(counts > 0, losses * counts, 0.0).sum(0)
+    return LocalUpdate({name: p.detach() for name, p in final.items()}, total / counts.sum(0).clamp_min(1e-12))
 
 
 def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
@@ -267,4 +220,4 @@ def make_optimizer(config: RunConfig, rate: float, name: str = "") -> Callable[[
     options: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if name in ("sgd", "rmsprop"):
         options["momentum"] = config.momentum
-    return lambda params: OPTIMIZERS[name](params, **options)
+    return functools.partial(OPTIMIZERS[name], **options)

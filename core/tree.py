@@ -14,6 +14,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.numpy import load_file, save
 
+from core.records import to_numpy
+
 _RECORDS = {"arrays": ArrayRecord, "config": ConfigRecord, "metrics": MetricRecord, "records": RecordDict}
 
 
@@ -51,7 +53,7 @@ def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         arrays[where] = np.asarray(value, order="C")
         return {"array" if isinstance(value, np.ndarray) else "scalar": where}
     if isinstance(value, Array):
-        return {"flower-array": _pack(value.numpy(), where, arrays)}
+        return {"flower-array": _pack(to_numpy(value), where, arrays)}
     for kind, record in _RECORDS.items():
         if isinstance(value, record):
             return {kind: _pack(dict(value), where, arrays)}

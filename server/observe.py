@@ -134,5 +134,5 @@ class ObservedGrid(Grid):
             self._observed.clients[key.replace("-", "_")].extend(values)
         if self.running:
             [arrays] = content.array_records.values()
-            means = {name: arrays[name].numpy() for name in self.running}
+            means = {name: records.to_numpy(arrays[name]) for name in self.running}
             self._observed.running.add(means, float(metrics[records.NUM_EXAMPLES]))

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from core.config import RunConfig, read_toml
 from core.errors import InputError
-from core.records import Columns
+from core.records import Columns, to_numpy
 from server.checkpoint import Checkpoint, last_round, load
 
 PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
@@ -133,7 +133,7 @@ class RunFolder:
 
     def finish(self, arrays: ArrayRecord, summary: dict[str, Any]) -> None:
         """Write model.safetensors, clients.parquet and summary.json."""
-        save_file({name: array.numpy() for name, array in arrays.items()}, self.path / "model.safetensors")
+        save_file({name: to_numpy(array) for name, array in arrays.items()}, self.path / "model.safetensors")
         self._client_table().to_parquet(self.path / "clients.parquet", index=False)
         self.write_json("summary.json", summary)
 
@@ -154,8 +154,15 @@ class RunFolder:
     @staticmethod
     def _append(path: Path, row: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean(row)) + "\n")
+            file.write(_line(row) + "\n")
             file.flush()
+
+
+def _line(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:
+        return json.dumps(clean(row))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation, Split
 from core.metrics import best_threshold, score, score_counts, spread
-from core.seeding import derive, rng
+from core.seeding import derive, permutations
 from core.training import assemble, local_sgd, make_optimizer
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict
@@ -62,11 +62,11 @@ def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, ep
     for start in range(0, len(splits), COHORT):
         cohort = splits[start : start + COHORT]
         sizes = [len(split) for split in cohort]
-        generators = [rng(config.seed, "baseline", name, start + i) for i in range(len(cohort))]
-        shuffled = [
-            [generator.permutation(n) for _ in range(epochs or _federated_epochs(config, n))]
-            for generator, n in zip(generators, sizes, strict=True)
-        ]
+
+        def shuffled(at: np.ndarray, size: int, start: int = start) -> np.ndarray:
+            times = epochs or _federated_epochs(config, size)
+            return permutations(config.seed, "baseline", name, clients=start + at, size=size, times=times)
+
         together = assemble(
             config, model, task.loss,
             np.concatenate([split.x for split in cohort]),
@@ -77,7 +77,7 @@ def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, ep
         )  # fmt: skip
         update = local_sgd(together)
         for i in range(len(cohort)):
-            weights = {name: tensor[i] for name, tensor in update.params.items()}
+            weights = {key: tensor[i] for key, tensor in update.params.items()}
             out.append(records.load_into(build_model(task, config.seed), weights))
     return out
 

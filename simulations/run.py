@@ -150,13 +150,14 @@ def engine(config: RunConfig, federation: Federation) -> Iterator[RayGrid]:
 
 
 def together(config: RunConfig) -> int:
-    """Return how many clients go to a worker at once: a cohort, or a few that train one by one, for less shipping.
+    """Return how many clients go to a worker at once: a cohort, or several small ones, for less shipping.
 
     It does not depend on how many workers there are, and so the sums of partial means do not.
     """
     size = config.engine.cohort_size
     assert isinstance(size, int)
-    return size if size > 1 else min(16, math.ceil(config.count(config.sampled) / 16))
+    several = min(16, math.ceil(config.count(config.sampled) / 16))
+    return size * max(1, several // size)
 
 
 @contextmanager

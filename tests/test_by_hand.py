@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from core.config import RunConfig
 from core.metrics import best_threshold, score_counts
 from core.records import travelling
-from core.seeding import permutations, rng
+from core.seeding import permutations
 from server.build import build_strategy, check
 from simulations.grid import RayGrid
 from simulations.run import engine, preset, simulate
@@ -50,7 +50,7 @@ def test_two_rounds_of_fedavg_equal_a_loop_written_by_hand(smoke: Callable[..., 
             optimizer = torch.optim.SGD(local.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
             x = torch.from_numpy(((train[client].x - mean) / std).astype(np.float32))
             y = torch.from_numpy(train[client].y).float()
-            [shuffles] = permutations(config.seed, "batches", server_round, clients=[client], sizes=[len(y)], times=2)
+            [shuffles] = permutations(config.seed, "batches", server_round, clients=[client], size=len(y), times=2)
             for shuffle in shuffles:
                 for rows in torch.from_numpy(shuffle).split(config.batch_size):
                     optimizer.zero_grad()
@@ -221,9 +221,9 @@ def test_pooled_and_alone_equal_loops_written_by_hand(smoke: Callable[..., RunCo
         model = build_model(task, config.seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.5)
         scaled, labels = torch.from_numpy(((x - mean) / std).astype(np.float32)), torch.from_numpy(y).float()
-        shuffles = rng(config.seed, "baseline", name, client)
-        for _ in range(3):
-            for rows in torch.from_numpy(shuffles.permutation(len(y))).split(config.batch_size):
+        [shuffles] = permutations(config.seed, "baseline", name, clients=[client], size=len(y), times=3)
+        for shuffle in shuffles:
+            for rows in torch.from_numpy(shuffle).split(config.batch_size):
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(model(scaled[rows]), labels[rows]).backward()
                 optimizer.step()

@@ -15,6 +15,7 @@ from core.config import RunConfig
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import permutations
 from core.stacked import stack
+from core.steps import plain_rate
 from core.training import (
     LocalRound,
     can_vectorise,
@@ -58,7 +59,14 @@ def _inputs(model: str, n: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3 if model in ("cnn", "transformer") else 2, (n,), generator=generator)
 
 
-MODELS = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer, "batch_norm": _batch_norm}
+def _deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh()),
+        nn.Linear(8, 1), nn.Flatten(0),
+    )  # fmt: skip
+
+
+MODELS = {"mlp": _mlp, "deep": _deep, "cnn": _cnn, "transformer": _transformer, "batch_norm": _batch_norm}
 
 
 def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object) -> LocalRound:
@@ -66,7 +74,7 @@ def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object
     model = MODELS[name]()
     x, y = _inputs(name, sum(SIZES))
     rng = np.random.default_rng(0)
-    batches = plan(SIZES, BATCH, [[rng.permutation(n) for _ in range(epochs)] for n in SIZES])
+    batches = plan(SIZES, BATCH, lambda at, n: np.stack([[rng.permutation(n) for _ in range(epochs)] for _ in at]))
     weights = {key: tensor.clone() for key, tensor in travelling(model).items()}
     made = make_optimizer(
         RunConfig(optimizer=optimizer, momentum=0.9, weight_decay=0.01), 0.1 if optimizer == "sgd" else 0.01
@@ -145,7 +153,7 @@ def test_a_client_that_finished_is_untouched_by_the_others_steps() -> None:
 
 
 def test_plan_keeps_the_last_short_batch_and_pads_with_weight_zero() -> None:
-    batches = plan([3, 5], 2, [[np.array([2, 0, 1])], [np.array([4, 3, 2, 1, 0])]])
+    batches = plan([3, 5], 2, lambda at, n: np.array([[{3: [2, 0, 1], 5: [4, 3, 2, 1, 0]}[n]]]))
     assert batches.steps.tolist() == [2, 3]
     assert batches.weights[:, 0].tolist() == [[1, 1], [1, 0], [0, 0]]
     # The second client's rows come after the first's three.
@@ -230,30 +238,50 @@ def test_dropout_differs_between_clients_and_rounds_and_not_between_runs() -> No
 
 
 def test_a_clients_permutations_do_not_depend_on_who_is_with_it() -> None:
-    together = permutations(3, "batches", 1, clients=[4, 9], sizes=[6, 8], times=2)
-    [alone] = permutations(3, "batches", 1, clients=[9], sizes=[8], times=2)
-    assert [p.tolist() for p in alone] == [p.tolist() for p in together[1]]
+    together = permutations(3, "batches", 1, clients=[4, 9], size=8, times=2)
+    [alone] = permutations(3, "batches", 1, clients=[9], size=8, times=2)
+    assert alone.tolist() == together[1].tolist()
     assert sorted(alone[0]) == list(range(8))
     assert alone[0].tolist() != alone[1].tolist()
     others = [
-        permutations(seed, "batches", r, clients=[c], sizes=[8])[0][0].tolist()
+        permutations(seed, "batches", r, clients=[c], size=8)[0][0].tolist()
         for seed, r, c in ((4, 1, 9), (3, 2, 9), (3, 1, 8))
     ]
     assert alone[0].tolist() not in others
 
 
+def test_every_permutation_is_as_likely_as_the_others() -> None:
+    drawn = permutations(0, "batches", clients=range(6000), size=3)[:, 0]
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(counts) == 6
+    # Chi-square with 5 degrees of freedom: above 20.5 in one of a thousand fair draws.
+    assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
+
+
+@pytest.mark.parametrize("name", ["mlp", "deep"])
+def test_plain_sgd_in_place_equals_the_plain_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = replace(_round(name), optimizer=make_optimizer(RunConfig(), 0.1))
+    assert plain_rate(r.optimizer) == 0.1
+    _assert_equal(r)
+    in_place = local_sgd(r)
+    monkeypatch.setattr("core.steps.plain_rate", lambda _: None)
+    torch.testing.assert_close(local_sgd(r).loss, in_place.loss)
+
+
+def test_sgd_with_momentum_or_decay_and_other_optimisers_are_not_plain() -> None:
+    assert plain_rate(make_optimizer(RunConfig(momentum=0.9), 0.1)) is None
+    assert plain_rate(make_optimizer(RunConfig(weight_decay=0.1), 0.1)) is None
+    assert plain_rate(make_optimizer(RunConfig(optimizer="adam"), 0.1)) is None
+    assert plain_rate(lambda params: torch.optim.SGD(params, lr=0.1)) is None
+
+
 @pytest.mark.parametrize("penalised", [False, True])
 def test_plain_layers_written_out_equal_the_mapped_model(penalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(
-        nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh()),
-        nn.Linear(8, 1), nn.Flatten(0),
-    )  # fmt: skip
-    r = _round("mlp", epochs=2)
-    r = replace(r, model=model, global_params={n: p.detach() for n, p in model.named_parameters()}, gradient_clip=0.1)
+    r = _round("deep", gradient_clip=0.1)
     penalty = (lambda w: sum(p.pow(2).sum() for p in w.values())) if penalised else None
-    assert stack(model) is not None
+    assert stack(r.model) is not None
     written_out = local_sgd(r, penalty)
-    monkeypatch.setattr("core.training.stack", lambda model: None)
+    monkeypatch.setattr("core.steps.stack", lambda *_: None)
     mapped = local_sgd(r, penalty)
     torch.testing.assert_close(written_out.loss, mapped.loss)
     for name, p in mapped.params.items():
