@@ -20,6 +20,7 @@ from core import records
 from core.batches import Batches, plan, stream
 from core.config import RunConfig
 from core.data import Federation, Ragged
+from core.device import device_of
 from core.metrics import score_counts, score_each, weighted_means
 from core.seeding import derive, permutations, rng
 from core.training import LocalUpdate, assemble, learning_rate, make_optimizer
@@ -49,7 +50,8 @@ class _Setting:
 def _setting(items: tuple[tuple[str, Any], ...]) -> _Setting:
     config = RunConfig.of(dict(items))
     task = load(config)
-    return _Setting(config, task, build_model(task, config.seed), federation_of(config))
+    model = build_model(task, config.seed).to(device_of(config))
+    return _Setting(config, task, model, federation_of(config))
 
 
 class CohortApp(ClientApp):
@@ -242,7 +244,7 @@ def _drawn(context: Context) -> int:
 def _trained(
     update: LocalUpdate, group: list[int], clients: Sequence[int], sizes: Sequence[int], seconds: float
 ) -> RecordDict:
-    weights = torch.tensor([float(sizes[i]) for i in group])
+    weights = torch.tensor([float(sizes[i]) for i in group], device=update.loss.device)
     share = weights / weights.sum()
 
     def mean(values: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from core.device import to_device
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Batches:
     rows: Tensor
     weights: Tensor
     steps: Tensor
+    """Stays on the CPU: Python's control flow depends on it."""
+
+    def to(self, device: torch.device) -> Batches:
+        """Return the batches with rows and weights on the device."""
+        return replace(self, rows=to_device(self.rows, device), weights=to_device(self.weights, device))
 
 
 Shuffled = Callable[[np.ndarray, int], np.ndarray]

@@ -49,7 +49,24 @@ class Engine(_Section):
         "auto",
         description="Clients trained together: auto measures and records its choice; 1 is a plain loop.",
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where clients train: auto is a GPU where there is one, and the choice is recorded."
+    )
+    gpus_per_worker: Literal["auto"] | float = Field(
+        "auto", description="Share of a GPU for each Ray worker (0.5: two a GPU); auto divides the GPUs among them."
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="Of the forward pass: bf16 is torch's autocast; weights stay float32."
+    )
+    compile: bool = Field(False, description="Whether torch.compile makes the cohort's gradient; costs a minute once.")
     address: str = Field("", description="An existing Ray cluster to join: auto or HOST:PORT; empty starts one here.")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _share(cls, value: str | float) -> str | float:
+        if not isinstance(value, str) and not (0 < value <= 1 or value == int(value) > 0):
+            raise ValueError("must be 'auto', a share above 0 and up to 1, or a whole number")
+        return value
 
     @field_validator("workers", "cohort_size")
     @classmethod

@@ -62,6 +62,14 @@ class Federation:
     def __len__(self) -> int:
         return len(self.train)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the data; an array that several splits share counts once."""
+        arrays = [
+            array for split in (self.train, self.validation, self.test, self.central) for array in (split.x, split.y)
+        ]
+        return sum({id(array if array.base is None else array.base): array.nbytes for array in arrays}.values())
+
     def name(self, client: int) -> str:
         """Return what a client is called."""
         return self.names[client] if self.names else f"client {client}"

@@ -58,7 +58,8 @@ def travelling(model: nn.Module) -> Tensors:
 
 def to_arrays(tensors: Mapping[str, Tensor | np.ndarray]) -> ArrayRecord:
     """Return the tensors as Flower's record, in the given order."""
-    return ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in tensors.items()})
+    found = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    return ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in found.items()})
 
 
 def to_tensors(arrays: ArrayRecord) -> Tensors:

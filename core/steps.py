@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,37 @@ from torch.func import functional_call, grad_and_value, vmap
 from core.records import Tensors
 from core.stacked import stack
 
+if TYPE_CHECKING:
+    from core.training import LocalRound
+
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensors, Tensor]]
+Gradients = Callable[[Tensors, Tensor, Tensor, Tensor], tuple[Tensors, Tensor]]
+"""(weights, x, y, example weights) -> (gradients, each client's loss)."""
 
 
-def make_step(
-    model: nn.Module,
-    loss: Loss,
-    params: Tensors,
-    optimizer: MakeOptimizer,
-    penalty: Penalty | None = None,
-    gradient_clip: float = 0.0,
-) -> Step:
-    """Return the fastest step that moves `params` (C, ...), in place, by the optimiser on loss + penalty."""
-    rate = plain_rate(optimizer)
-    if rate is not None and penalty is None and not gradient_clip:
-        descent = _descent(model, loss, params, rate)
+def make_step(r: LocalRound, params: Tensors, penalty: Penalty | None) -> Step:
+    """Return the fastest step that moves `params` (C, ...), in place, by the round's optimiser on loss + penalty."""
+    rate = plain_rate(r.optimizer)
+    # Autocast and torch.compile take autograd's own operations, not one that moves weights.
+    if rate is not None and not (penalty or r.gradient_clip or r.bf16 or r.compiled):
+        descent = _descent(r.model, r.loss, params, rate)
         if descent is not None:
             return descent
-    gradients = _written_out(model, loss, params, penalty) or _mapped(model, loss, params, penalty)
-    stepper = optimizer(list(params.values()))
+    # What is compiled is kept between rounds; a penalty is a new function in each.
+    gradients = _compiled(r.model, r.loss) if r.compiled and not penalty else _gradients(r.model, r.loss, penalty)
+    optimizer = r.optimizer(list(params.values()))
 
     def step(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        found, losses = gradients(x, y, weight)
-        if gradient_clip:
-            found = _clipped(found, gradient_clip)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=r.bf16):
+            found, losses = gradients(params, x, y, weight)
+        if r.gradient_clip:
+            found = _clipped(found, r.gradient_clip)
         for name, p in params.items():
             p.grad = found[name]
-        stepper.step()
+        optimizer.step()
         return losses
 
     return step
@@ -85,13 +86,24 @@ def _descent(model: nn.Module, loss: Loss, params: Tensors, rate: float) -> Step
     return step
 
 
-def _written_out(model: nn.Module, loss: Loss, params: Tensors, penalty: Penalty | None) -> Gradients | None:
+def _gradients(model: nn.Module, loss: Loss, penalty: Penalty | None = None) -> Gradients:
+    """Return the function from weights and batches to every client's gradient."""
+    return _written_out(model, loss, penalty) or _mapped(model, loss, penalty)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: nn.Module, loss: Loss) -> Gradients:
+    compiled: Gradients = torch.compile(_gradients(model, loss))
+    return compiled
+
+
+def _written_out(model: nn.Module, loss: Loss, penalty: Penalty | None) -> Gradients | None:
     """Return the gradients of a model of plain layers; None where it has others."""
     forward = stack(model)
     if forward is None:
         return None
 
-    def gradients(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+    def gradients(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
         own = {name: p.detach().requires_grad_() for name, p in params.items()}
         losses = _losses(loss, forward(own, x), y, weight)
         total = losses + vmap(penalty)(own) if penalty else losses
@@ -102,7 +114,7 @@ def _written_out(model: nn.Module, loss: Loss, params: Tensors, penalty: Penalty
     return gradients
 
 
-def _mapped(model: nn.Module, loss: Loss, params: Tensors, penalty: Penalty | None) -> Gradients:
+def _mapped(model: nn.Module, loss: Loss, penalty: Penalty | None) -> Gradients:
     """Return the gradients of any model, mapped over the cohort."""
     # Every name of a trainable parameter is left out: a tied one has several and functional_call wants one.
     trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -114,7 +126,7 @@ def _mapped(model: nn.Module, loss: Loss, params: Tensors, penalty: Penalty | No
 
     mapped = vmap(grad_and_value(objective, has_aux=True), randomness="different")
 
-    def gradients(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+    def gradients(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
         found, (_, losses) = mapped(params, x, y, weight)
         return found, losses
 

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from core.batches import Batches
 from core.config import RunConfig
+from core.device import to_device
 from core.errors import unknown
 from core.records import Tensors, travelling
 from core.steps import Penalty, make_step
@@ -62,6 +63,10 @@ class LocalRound:
     """Of dropout and whatever else the model draws."""
     vectorised: bool = True
     """False trains one client after the other through autograd."""
+    bf16: bool = False
+    """Whether the forward pass runs under torch's autocast."""
+    compiled: bool = False
+    """Whether torch.compile makes the cohort's gradient."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,23 @@ def assemble(
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
     **given: Any,
 ) -> LocalRound:
-    """Return a cohort's round as the run is configured; `given` are further fields of `LocalRound`."""
+    """Return a cohort's round as the run is configured, on the device where the model is; `given` are further fields.
+
+    `global_params` among them are moved there too.
+    """
+    device = next(model.parameters()).device
     fields: dict[str, Any] = {
-        "global_params": travelling(model),
         "gradient_clip": run.gradient_clip,
         "vectorised": len(batches.steps) > 1 and run.engine.cohort_size != 1 and can_vectorise(model),
+        "bf16": run.engine.precision == "bf16",
+        "compiled": run.engine.compile,
         **given,
     }
-    x_, y_ = torch.from_numpy(x), torch.from_numpy(y)
-    return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches, optimizer=optimizer, **fields)
+    fields["global_params"] = {
+        name: to_device(t, device) for name, t in fields.get("global_params", travelling(model)).items()
+    }
+    x_, y_ = (to_device(torch.from_numpy(values), device) for values in (x, y))
+    return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches.to(device), optimizer=optimizer, **fields)
 
 
 LocalUpdateFn = Callable[[LocalRound], LocalUpdate]
@@ -108,13 +121,17 @@ def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
 
     `penalty` takes one client's trainable parameters and returns a scalar; the kernel maps it over the cohort.
     """
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(r.seed)
+    generators = [torch.default_generator]
+    if r.x.is_cuda:
+        generators.append(torch.cuda.default_generators[r.x.device.index])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(r.seed)
     try:
         return _vectorised(r, penalty) if r.vectorised else _one_by_one(r, penalty)
     finally:
-        generator.set_state(before)
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def global_loss(r: LocalRound) -> Tensor:
@@ -132,7 +149,7 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
     alike = bool((batches.steps == len(batches.rows)).all())
     # Clients that all take the last step need no copies of earlier ones.
     final = params if alike else {name: torch.empty_like(p) for name, p in params.items()}
-    step = make_step(r.model, r.loss, params, r.optimizer, penalty, r.gradient_clip)
+    step = make_step(r, params, penalty)
     counts = batches.weights.sum(2)
     # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
     shares = batches.weights / counts.clamp_min(1e-12).unsqueeze(2)
@@ -169,7 +186,8 @@ def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
         for s in range(steps):
             real = r.batches.weights[s, client] > 0
             rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
-            loss = _weighted_mean(r.loss(model(r.x[rows]), r.y[rows]), weight)
+            with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
+                loss = _weighted_mean(r.loss(model(r.x[rows]), r.y[rows]), weight)
             optimizer.zero_grad()
             (loss + penalty(params) if penalty else loss).backward()
             if r.gradient_clip:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -18,97 +18,125 @@ import torch
 from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation
+from core.device import device_of
 from core.training import assemble, can_vectorise, local_sgd, make_optimizer
 from tasks import load
 from tasks.base import build_model
 from tasks.download import cache_folder
 
 CANDIDATES = (2, 4, 8, 16, 32, 64, 128)
+GPU_CANDIDATES = (*CANDIDATES, 256, 512, 1024)
 BUDGET_SECONDS = 1.5
 REPEATS = 3
+# Each further candidate costs more; one this much slower than the best will not be overtaken by the next.
+HOPELESS = 1.5
 
 
-def measure(config: RunConfig, federation: Federation, workers: int) -> RunConfig:
-    """Return the config with `engine.cohort-size` decided: the fastest of one by one and 2, 4, 8, ... 128 together.
+@dataclass(frozen=True)
+class Measured:
+    """How many clients to train together, and the seconds that training one of them takes in a round."""
 
-    The clock decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in
-    the run's config.toml like any other setting. It is also remembered for the
-    next run with the same model, data shape and settings on this kind of processor.
+    cohort_size: int
+    seconds: float
+
+
+def measure(config: RunConfig, federation: Federation, shares: int, job_seconds: float) -> Measured:
+    """Return the cohort size of the config; under `auto` the fastest of one by one and 2, 4, 8, ... 128 together.
+
+    `shares` is among how many workers a round is divided, `job_seconds` what handing one a cohort costs. The clock
+    decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in the run's
+    config.toml like any other setting. It is also remembered for the next run with the same model, data shape and
+    settings on this kind of processor.
     """
-    if config.engine.cohort_size != "auto":
-        return config
     task = load(config)
-    model = build_model(task, config.seed)
+    model = build_model(task, config.seed).to(device_of(config))
     # No larger than leaves every worker something to do.
-    largest = math.ceil(config.count(config.sampled) / max(workers, 1))
-    if largest == 1 or not can_vectorise(model):
-        return config.with_(engine__cohort_size=1)
-    remembered = cache_folder("cohort-size") / f"{_fingerprint(config, model, federation, largest)}.txt"
+    largest = math.ceil(config.count(config.sampled) / max(shares, 1))
+    given = config.engine.cohort_size
+    if given != "auto":
+        sizes = [min(given, 128)]
+    elif largest == 1 or not can_vectorise(model):
+        sizes = [1]
+    else:
+        candidates = CANDIDATES if device_of(config).type == "cpu" else GPU_CANDIDATES
+        sizes = [1, *(size for size in candidates if size < largest), min(largest, candidates[-1])]
+    remembered = cache_folder("cohort-size") / f"{_fingerprint(config, model, federation, sizes, job_seconds)}.json"
     try:
-        return config.with_(engine__cohort_size=int(remembered.read_text()))
-    except (OSError, ValueError):
-        size = _fastest(config, federation, model, largest)
-    with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(f"{size}\n")
-    return config.with_(engine__cohort_size=size)
+        found = Measured(**json.loads(remembered.read_text()))
+    except (OSError, ValueError, TypeError):
+        found = _fastest(config, federation, model, sizes, job_seconds)
+        with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            remembered.write_text(json.dumps(asdict(found)) + "\n")
+    return found if given == "auto" else replace(found, cohort_size=given)
 
 
-def _fingerprint(config: RunConfig, model: torch.nn.Module, federation: Federation, largest: int) -> str:
+def _fingerprint(
+    config: RunConfig, model: torch.nn.Module, federation: Federation, sizes: list[int], job_seconds: float
+) -> str:
     """Return a name for everything that the measurement depends on."""
-    keys = ("task", "batch-size", "local-epochs", "local-steps", "optimizer", "gradient-clip")
+    keys = (
+        "task", "batch-size", "local-epochs", "local-steps", "optimizer", "momentum", "weight-decay", "gradient-clip",
+        "engine.device", "engine.precision", "engine.compile",
+    )  # fmt: skip
     flat = config.flat()
     parts = [
         {key: flat[key] for key in keys}, str(model), [list(p.shape) for p in model.parameters()],
-        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), largest, torch.__version__,
+        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, job_seconds, torch.__version__,
         platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _fastest(config: RunConfig, federation: Federation, model: torch.nn.Module, largest: int) -> int:
-    sizes = [1, *(size for size in CANDIDATES if size < largest), min(largest, CANDIDATES[-1])]
-    best, seconds, began = 1, float("inf"), 0.0
+def _fastest(
+    config: RunConfig, federation: Federation, model: torch.nn.Module, sizes: list[int], job_seconds: float
+) -> Measured:
+    best, least, began = Measured(1, 0.0), float("inf"), 0.0
     for size in dict.fromkeys(sizes):
         try:
-            taken = _seconds_per_client(config, federation, model, size)
+            seconds = _seconds_per_client(config, federation, model, size)
         except Exception as error:
             # Data-dependent control flow and the like cannot be mapped: one by one is what always works.
             logging.getLogger("fedra").warning("clients train one by one: the model cannot be mapped (%s)", error)
             break
         # The clock starts after the first: what a process does once (imports, allocations) is not the model's time.
         began = began or time.perf_counter()
-        if taken < seconds:
-            best, seconds = size, taken
-        if time.perf_counter() - began > BUDGET_SECONDS:
+        taken = seconds + job_seconds / size
+        if taken < least:
+            best, least = Measured(size, seconds), taken
+        if taken > HOPELESS * least or time.perf_counter() - began > BUDGET_SECONDS:
             break
     return best
 
 
 def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.nn.Module, size: int) -> float:
-    """Return the time a client takes in a cohort of `size` on at most four batches, the first call's cost apart."""
+    """Return what a client's round takes in a cohort of `size`, from at most four batches; the first call is apart."""
     clients = [federation.train[i % len(federation)] for i in range(size)]
     few = 4 * config.batch_size
     sizes = [min(len(split), few) for split in clients]
     cohort = assemble(
-        config, model, load(config).loss,
+        config.with_(engine__cohort_size=size), model, load(config).loss,
         np.concatenate([split.x[:few] for split in clients]),
         np.concatenate([split.y[:few] for split in clients]),
         plan(sizes, config.batch_size, _in_order),
         make_optimizer(config, config.learning_rate),
-        vectorised=size > 1,
     )  # fmt: skip
-    first_step = replace(cohort, batches=plan([1] * size, 1, _in_order))
+    first_step = replace(cohort, batches=plan([1] * size, 1, _in_order).to(cohort.x.device))
     local_sgd(first_step)
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        local_sgd(cohort)
+        # A GPU is done when its numbers are here.
+        local_sgd(cohort).loss.cpu()
         times.append(time.perf_counter() - began)
         if sum(times) > BUDGET_SECONDS / 10:
             break
+    steps = float(cohort.batches.steps.float().mean())
+    every = config.local_steps or config.local_epochs * float(
+        np.ceil(federation.train.sizes / config.batch_size).mean()
+    )
     # The least of a few: what disturbs a measurement only ever adds to it.
-    return min(times) / size
+    return min(times) / size * every / steps
 
 
 def _in_order(at: np.ndarray, size: int) -> np.ndarray:

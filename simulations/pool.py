@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from flwr.app import Error, RecordDict
 from flwr.common.constant import ErrorCode
@@ -21,7 +22,9 @@ OBJECT_STORE_BYTES = 256 * 2**20
 ATTEMPTS = 3
 CONNECT_SECONDS = 3.0
 START_SECONDS = 120.0
-INLINE_BYTES = 64 * 2**10
+# What is smaller travels with its message: the way through the object store takes 4 ms, whatever the size.
+INLINE_BYTES = 2 * 2**20
+SMALL_BYTES = 64 * 2**10
 
 
 class Pool(Protocol):
@@ -90,23 +93,49 @@ class _Task:
     attempts: int = 0
 
 
+class _Actor(Worker):
+    """A worker in a process of its own, which fetches a round's content once for all its jobs."""
+
+    _fetched: tuple[Any, RecordDict | None] = (None, None)
+
+    def answer(self, job: Job, content: RecordDict | list[Any]) -> Result:
+        """Return the answers of the job's clients to the content, or to what a list of one reference holds."""
+        if isinstance(content, list):
+            import ray
+
+            [reference] = content
+            if self._fetched[0] != reference:
+                self._fetched = (reference, ray.get(reference))
+            content = cast(RecordDict, self._fetched[1])
+        return super().answer(job, content)
+
+
 class RayPool:
     """Ray actors. One that dies is replaced and its jobs run again; a job that kills three is answered with errors."""
 
     # Two jobs an actor: the next one's input is there when the first ends.
     IN_FLIGHT = 2
 
-    def __init__(self, workers: int, address: str, worker_arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        workers: int,
+        address: str,
+        worker_arguments: tuple[Any, ...],
+        gpus: float | Literal["auto"] = 0.0,
+        data_bytes: int = 0,
+    ) -> None:
+        """Start `workers` actors, each with a CPU and `gpus` GPUs (`auto` divides those there are), and their data."""
         import ray
 
         self._ray = ray
         self.window = 4 * self.IN_FLIGHT * workers
         self._started = not ray.is_initialized()
         if self._started:
-            start_ray(ray, workers, address)
+            start_ray(ray, workers, address, data_bytes)
         # Large arguments (the federation) go into shared memory once and are read there by every actor.
         self._arguments = tuple(ray.put(argument) for argument in worker_arguments)
-        self._actor_class = ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
+        share = _share(ray.cluster_resources().get("GPU", 0.0), workers) if gpus == "auto" else gpus
+        self._actor_class = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0, scheduling_strategy="SPREAD")(_Actor)
         self._actors = [self._actor_class.remote(*self._arguments) for _ in range(workers)]
         self._busy: dict[Any, tuple[Any, _Task]] = {}
         self._queue: deque[_Task] = deque()
@@ -125,8 +154,8 @@ class RayPool:
             raise RuntimeError(f"a worker cannot start: {_cause(error)}") from None
 
     def put(self, content: RecordDict) -> Any:
-        # What is small travels faster with the job than through the object store.
-        return content if array_bytes(content) <= INLINE_BYTES else self._ray.put(content)
+        # What is small travels faster with the job; inside a list Ray leaves a reference for the worker to fetch.
+        return content if array_bytes(content) <= SMALL_BYTES else [self._ray.put(content)]
 
     def cancel(self, tickets: Collection[int]) -> None:
         self._queue = deque(task for task in self._queue if task.ticket not in tickets)
@@ -188,13 +217,25 @@ class RayPool:
         return Result([([i], error) for i in range(len(task.job.nodes))], {})
 
 
+def _share(gpus: float, workers: int) -> float:
+    """Return the share of the GPUs for each worker as Ray counts it: a fraction below 1, or whole ones."""
+    if not gpus:
+        raise InputError("engine.device=cuda, but Ray finds no GPU; set engine.device=cpu.")
+    share = gpus / workers
+    # Rounded down: two workers must not ask for a little more than there is.
+    return float(math.floor(share)) if share >= 1 else math.floor(share * 1000) / 1000
+
+
 def _cause(error: Exception) -> str:
     """Return the last line of a Ray error: what was raised in the actor, without the way there."""
     return str(error).strip().splitlines()[-1].strip()
 
 
-def start_ray(ray: Any, workers: int, address: str) -> None:
-    """Start a small Ray on the loopback address without a dashboard, or join the cluster at `address`."""
+def start_ray(ray: Any, workers: int, address: str, data_bytes: int = 0) -> None:
+    """Start a small Ray on the loopback address without a dashboard, or join the cluster at `address`.
+
+    The Ray that is started has room for `data_bytes` of the federation beside a round's models.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -216,7 +257,8 @@ def start_ray(ray: Any, workers: int, address: str) -> None:
         "local",
         num_cpus=workers,
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=OBJECT_STORE_BYTES + data_bytes,
+        _system_config={"max_direct_call_object_size": INLINE_BYTES},
         _node_ip_address="127.0.0.1",
         **common,
     )

@@ -58,12 +58,13 @@ class Progress:
         self.config = config
         workers = worker_count(config)
         where = plural(workers, "Ray worker") if workers else "this process"
+        gpu = " on the GPU" if config.engine.device == "cuda" else ""
         sampled = config.count(config.sampled)
         assert isinstance(config.engine.cohort_size, int)
         self.print(
             f"{config.task} with {config.strategy}: {plural(config.clients, 'client')}, {sampled} a round, "
             f"{plural(config.rounds, 'round')}, seed {config.seed}; "
-            f"cohorts of {min(config.engine.cohort_size, sampled)} in {where}."
+            f"cohorts of {min(config.engine.cohort_size, sampled)} in {where}{gpu}."
         )
         if done:
             self.print(f"Resumed after round {done}.")

@@ -20,6 +20,7 @@ from torch import nn
 
 from core.config import RunConfig, dotted, read_toml
 from core.data import Federation
+from core.device import decide_device, device_of
 from core.errors import InputError, unknown
 from core.records import load_into
 from reports.words import plural
@@ -38,6 +39,9 @@ from tasks.base import build_model, predict
 PRESETS = Path(__file__).parent / "presets"
 CLIENT_APP = "client.app:app"
 WORKERS_PER_CORE = 4
+# What Ray costs on two cores: to start it and its workers, and to hand a worker a cohort and take its answer.
+RAY_SECONDS = 5.0
+JOB_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,40 @@ def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, 
     quiet()
     federation = check_run(config)
     with one_thread():
-        config = measure(config, federation, worker_count(config))
+        config, workers = decide(config, federation)
     baselines = partial(train_baselines, config, federation) if config.baselines else None
-    with one_thread(), engine(config, federation) as grid:
-        # Only now: a start that fails or is interrupted leaves no folder behind.
+    running = config.with_(engine__workers=workers)
+    with one_thread(), engine(running, federation) as grid:
+        # Only now: a start that fails or is interrupted leaves no folder behind. How many workers is for this machine
+        # and changes no result: it is not written down.
         folder = folder.with_config(config) if folder else RunFolder.create(config)
         if on_start is not None:
-            on_start(folder.path, config, folder.rounds_done())
+            on_start(folder.path, running, folder.rounds_done())
         return Run(folder.path, train(grid, config, folder, baselines=baselines, on_round=on_round))
+
+
+def decide(config: RunConfig, federation: Federation) -> tuple[RunConfig, int]:
+    """Return the config with device and cohort size decided, and how many workers to start.
+
+    `engine.workers=auto` starts workers only where they save more than they cost: a federation whose rounds are shorter
+    than the way to a worker and back is faster in this process.
+    """
+    config = decide_device(config)
+    most = worker_count(config)
+    given = config.engine.workers
+    if config.engine.cohort_size != "auto" and given != "auto":
+        return config, most
+    measured = measure(config, federation, most, JOB_SECONDS if most else 0.0)
+    config = config.with_(engine__cohort_size=measured.cohort_size)
+    if given != "auto" or config.engine.address:
+        return config, most
+    if config.engine.device == "cuda":
+        # One process feeds one GPU best.
+        return config, most if torch.cuda.device_count() > 1 else 0
+    round_seconds = measured.seconds * config.count(config.sampled)
+    jobs = config.count(config.sampled) / together(config)
+    saved = round_seconds * (1 - 1 / most) - JOB_SECONDS * jobs / most
+    return config, most if saved * config.rounds > RAY_SECONDS else 0
 
 
 @contextmanager
@@ -140,9 +170,12 @@ def engine(config: RunConfig, federation: Federation) -> Iterator[RayGrid]:
     if config.engine.cohort_size == "auto":
         raise InputError("engine.cohort-size must be measured before the engine starts.")
     arguments = (CLIENT_APP, config.flat(), config.clients, federation)
-    workers = worker_count(config)
+    workers, gpus = worker_count(config), config.engine.gpus_per_worker if device_of(config).type == "cuda" else 0.0
     pool: Pool
-    pool = RayPool(workers, config.engine.address, arguments) if workers else LocalPool(partial(Worker, *arguments))
+    if workers:
+        pool = RayPool(workers, config.engine.address, arguments, gpus, federation.nbytes)
+    else:
+        pool = LocalPool(partial(Worker, *arguments))
     try:
         yield RayGrid(pool, config.clients, together(config), federation.train.sizes)
     finally:
@@ -182,9 +215,10 @@ def check_run(config: RunConfig) -> Federation:
 
 
 def worker_count(config: RunConfig) -> int:
-    """Return how many workers to start: `auto` is one a core, but no more than there are clients a round."""
+    """Return how many workers there may be: under `auto` one a core or GPU, but no more than clients a round."""
     most = most_workers(config)
-    workers = min(os.cpu_count() or 1, most) if config.engine.workers == "auto" else config.engine.workers
+    units = torch.cuda.device_count() if config.engine.device == "cuda" else os.cpu_count()
+    workers = min(units or 1, most) if config.engine.workers == "auto" else config.engine.workers
     if workers > most:
         sampled = plural(config.count(config.sampled), "client")
         raise InputError(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from core.config import RunConfig
 from core.data import Federation
+from core.device import to_device
 from core.errors import InputError, unknown
 
 
@@ -114,14 +115,16 @@ def classification_loss(logits: Tensor, y: Tensor, positive_weight: float = 1.0)
 
 def probabilities(logits: Tensor) -> np.ndarray:
     """Return probabilities (n,) of the positive class for logits (n,), (n, classes) for logits (n, classes)."""
-    return (torch.sigmoid(logits) if logits.ndim == 1 else torch.softmax(logits, dim=1)).numpy()
+    return (torch.sigmoid(logits) if logits.ndim == 1 else torch.softmax(logits, dim=1)).cpu().numpy()
 
 
 def predict(model: nn.Module, x: Tensor, chunk: int = 4096) -> np.ndarray:
     """Return the model's probabilities for x (n, ...): (n,) for two classes, else (n, classes)."""
     model.eval()
+    device = next(model.parameters()).device
     with torch.no_grad():
-        parts = [probabilities(model(x[start : start + chunk])) for start in range(0, max(len(x), 1), chunk)]
+        starts = range(0, max(len(x), 1), chunk)
+        parts = [probabilities(model(to_device(x[start : start + chunk], device))) for start in starts]
     return np.concatenate(parts)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from core.config import RunConfig
 from core.errors import InputError
 from core.metrics import score
 from server.build import check
-from simulations.cohort_size import measure
-from simulations.run import Run, preset, simulate
+from simulations.cohort_size import Measured, measure
+from simulations.run import Run, decide, preset, simulate
 from strategies import STRATEGIES
 
 
@@ -121,15 +122,47 @@ def test_a_measured_cohort_size_is_remembered_for_the_same_model_and_settings(
 ) -> None:
     monkeypatch.setenv("FEDRA_CACHE", str(tmp_path))
     auto = smoke(engine__cohort_size="auto", clients=12)
-    measured = measure(auto, check(auto), workers=0)
+    measured = measure(auto, check(auto), 1, 0.0)
     [remembered] = (tmp_path / "cohort-size").iterdir()
-    assert int(remembered.read_text()) == measured.engine.cohort_size
-    remembered.write_text("5\n")
-    assert measure(auto, check(auto), workers=0).engine.cohort_size == 5
-    assert measure(smoke(engine__cohort_size="auto", clients=12, batch_size=4), check(auto), workers=0) is not None
+    assert json.loads(remembered.read_text()) == vars(measured)
+    remembered.write_text('{"cohort_size": 5, "seconds": 2.0}')
+    assert measure(auto, check(auto), 1, 0.0) == Measured(5, 2.0)
+    assert measure(smoke(engine__cohort_size="auto", clients=12, batch_size=4), check(auto), 1, 0.0).seconds < 2
     assert len(list((tmp_path / "cohort-size").iterdir())) == 2
     remembered.write_text("half a")
-    assert measure(auto, check(auto), workers=0).engine.cohort_size > 0
+    assert measure(auto, check(auto), 1, 0.0).cohort_size > 0
+
+
+def test_workers_are_started_where_they_save_more_than_they_cost(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = smoke(engine__workers="auto", engine__cohort_size=2, clients=12)
+    monkeypatch.setattr("simulations.run.os.cpu_count", lambda: 2)
+    for seconds, workers in ((0.001, 0), (10.0, 2)):
+        monkeypatch.setattr("simulations.run.measure", lambda *_, seconds=seconds: Measured(2, seconds))
+        assert decide(config, check(config))[1] == workers
+    for given in (0, 1, 2):
+        assert decide(config.with_(engine__workers=given), check(config))[1] == given
+
+
+def test_a_gpu_that_is_not_there_is_refused_and_the_device_is_recorded(smoke: Callable[..., RunConfig]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(InputError, match=r"no CUDA device here; set engine.device=cpu"):
+        simulate(smoke(engine__device="cuda"))
+    run = simulate(smoke(rounds=1))
+    assert preset(str(run.path / "config.toml")).engine.device == "cpu"
+
+
+def test_bf16_and_compiled_runs_learn_what_the_plain_one_learns(smoke: Callable[..., RunConfig]) -> None:
+    plain = simulate(smoke(engine__cohort_size=4)).metrics["loss"]
+    assert simulate(smoke(engine__cohort_size=4, engine__compile=True)).metrics["loss"] == pytest.approx(
+        plain, abs=1e-4
+    )
+    for size in (1, 4):
+        halved = simulate(smoke(engine__cohort_size=size, engine__precision="bf16")).metrics["loss"]
+        assert halved == pytest.approx(plain, abs=0.02)
+        assert abs(halved - plain) > 1e-7
 
 
 def test_of_very_many_clients_only_some_describe_themselves_and_evaluate(
