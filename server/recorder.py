@@ -10,9 +10,8 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from flwr.app import ArrayRecord
 from safetensors.numpy import save_file
 
@@ -20,6 +19,9 @@ from core.config import RunConfig, read_toml
 from core.errors import InputError
 from core.records import Columns, to_numpy
 from server.checkpoint import Checkpoint, last_round, load
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
 CLIENT_ROWS = "clients.jsonl"
@@ -139,6 +141,8 @@ class RunFolder:
 
     def _client_table(self) -> pd.DataFrame:
         """Return a row per round and client that trained or evaluated then, sorted."""
+        import pandas as pd
+
         trained: Columns = {"round": [], "client": [], "num_examples": [], "train_loss": [], "train_seconds": []}
         evaluated: Columns = {"round": [], "client": []}
         rows = self.checkpoints / CLIENT_ROWS

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
-from sklearn.datasets import load_breast_cancer
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from core.config import RunConfig
@@ -81,6 +78,9 @@ def _models(features: int, logistic_first: bool) -> dict[str, Callable[[], nn.Mo
 
 def read_breast_cancer(config: RunConfig, folder: Path | None) -> Table:
     """Return the 569 rows of Wisconsin Diagnostic Breast Cancer; label 1 is malignant. There are no natural groups."""
+    # Only who reads the data needs it: scikit-learn takes a second to import, and workers read none.
+    from sklearn.datasets import load_breast_cancer
+
     data = load_breast_cancer()
     # scikit-learn codes benign as 1; a diagnosis is positive when there is something to find.
     return Table(x=data.data.astype(np.float32), y=1 - data.target.astype(np.int64))
@@ -91,6 +91,8 @@ def read_hospital(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Columns 10, 11 and 12 are almost always missing outside Cleveland and are dropped first, as in FLamby.
     """
+    import pandas as pd
+
     try:
         frame = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (ValueError, OSError) as error:
@@ -134,6 +136,8 @@ def _flamby_federation(config: RunConfig) -> Federation:
 
     FLamby has no validation split, so none is made here: best-model tracking needs another partition.
     """
+    from sklearn.model_selection import train_test_split
+
     trains, tests = [], []
     for name, (x, y) in zip(HOSPITALS, _hospitals(config), strict=True):
         counts = np.bincount(y, minlength=2)

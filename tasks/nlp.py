@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.utils import murmurhash3_32
 from torch import Tensor, nn
 
 from core.config import RunConfig
@@ -78,6 +76,10 @@ class Nlp:
 
 def encode(texts: Sequence[str], length: int) -> np.ndarray:
     """Return token ids (n, length) int64 in 0..BUCKETS - 1: the first `length` words of each text, then padding."""
+    # Only who reads the data needs it: scikit-learn takes a second to import, and workers read none.
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.utils import murmurhash3_32
+
     # One letter or digit is a word too ("u", "2"): short messages are full of them.
     analyse = CountVectorizer(token_pattern=r"\w+").build_analyzer()
     known: dict[str, int] = {}

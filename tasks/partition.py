@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from core.config import RunConfig
 from core.data import Federation, Ragged, Split
@@ -110,6 +109,9 @@ def _central_rows(table: Table, seed: int) -> np.ndarray:
 
     And of each natural group, where there are enough rows for that.
     """
+    # Only who reads the data needs it: scikit-learn takes a second to import, and workers read none.
+    from sklearn.model_selection import train_test_split
+
     by_group = table.y if table.natural is None else table.natural * (table.y.max() + 1) + table.y
     stratify = next((strata for strata in (_mergeable(by_group), table.y) if _can_stratify(strata)), None)
     mask = np.zeros(len(table.y), dtype=bool)
