@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
 from core.stacked import stack
@@ -38,7 +39,7 @@ def make_step(r: LocalRound, params: Tensors, penalty: Penalty | None) -> Step:
             return descent
     # What is compiled is kept between rounds; a penalty is a new function in each.
     gradients = _compiled(r.model, r.loss) if r.compiled and not penalty else _gradients(r.model, r.loss, penalty)
-    optimizer = r.optimizer(list(params.values()))
+    advance = advancing(list(params.values()), r.optimizer)
 
     def step(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=r.bf16):
@@ -47,8 +48,25 @@ def make_step(r: LocalRound, params: Tensors, penalty: Penalty | None) -> Step:
             found = _clipped(found, r.gradient_clip)
         for name, p in params.items():
             p.grad = found[name]
-        optimizer.step()
+        advance()
         return losses
+
+    return step
+
+
+def advancing(params: list[Tensor], optimizer: MakeOptimizer) -> Callable[[], object]:
+    """Return what takes the optimiser's step by the gradients in `.grad`; plain SGD is one call.
+
+    To make an optimiser for each client and to ask it takes longer than its sums do.
+    """
+    rate = plain_rate(optimizer)
+    if rate is None:
+        return optimizer(params).step
+
+    def step() -> None:
+        moved = [(p, p.grad) for p in params if p.grad is not None]
+        with torch.no_grad():
+            torch._foreach_add_([p for p, _ in moved], [gradient for _, gradient in moved], alpha=-rate)
 
     return step
 
@@ -127,7 +145,9 @@ def _mapped(model: nn.Module, loss: Loss, penalty: Penalty | None) -> Gradients:
     mapped = vmap(grad_and_value(objective, has_aux=True), randomness="different")
 
     def gradients(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
-        found, (_, losses) = mapped(params, x, y, weight)
+        # Fused attention cannot be mapped: vmap would call it client by client.
+        with sdpa_kernel(SDPBackend.MATH):
+            found, (_, losses) = mapped(params, x, y, weight)
         return found, losses
 
     return gradients

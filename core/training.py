@@ -29,7 +29,7 @@ from core.config import RunConfig
 from core.device import to_device
 from core.errors import unknown
 from core.records import Tensors, travelling
-from core.steps import Penalty, make_step
+from core.steps import Penalty, advancing, make_step
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -170,35 +170,39 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
 
 
 def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
-    finished, losses = [], []
     # One copy serves all clients: making a module costs more than a step of a small one.
     model = copy.deepcopy(r.model).train()
     tensors = travelling(model)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    cohort = len(r.batches.steps)
+    finished = {name: tensor.new_empty(cohort, *tensor.shape) for name, tensor in tensors.items()}
+    losses = r.batches.weights.new_empty(cohort)
+    own: list[Tensor] = list(params.values())
     for client, steps in enumerate(r.batches.steps.tolist()):
         with torch.no_grad():
             for buffer, untouched in zip(model.buffers(), r.model.buffers(), strict=True):
                 buffer.copy_(untouched)
             for name, tensor in tensors.items():
                 tensor.copy_(r.global_params[name])
-        optimizer = r.optimizer(list(params.values()))
+        advance = advancing(own, r.optimizer)
         total = seen = 0.0
         for s in range(steps):
             real = r.batches.weights[s, client] > 0
             rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
             with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
                 loss = _weighted_mean(r.loss(model(r.x[rows]), r.y[rows]), weight)
-            optimizer.zero_grad()
-            (loss + penalty(params) if penalty else loss).backward()
+            gradients = torch.autograd.grad(loss + penalty(params) if penalty else loss, own, allow_unused=True)
+            for p, gradient in zip(own, gradients, strict=True):
+                p.grad = gradient
             if r.gradient_clip:
-                nn.utils.clip_grad_norm_(params.values(), r.gradient_clip)
-            optimizer.step()
+                nn.utils.clip_grad_norm_(own, r.gradient_clip)
+            advance()
             total += float(loss.detach()) * float(weight.sum())
             seen += float(weight.sum())
-        finished.append({name: tensor.clone() for name, tensor in tensors.items()})
-        losses.append(total / max(seen, 1e-12))
-    stacked = {name: torch.stack([own[name] for own in finished]) for name in r.global_params}
-    return LocalUpdate(stacked, torch.tensor(losses))
+        for name, tensor in tensors.items():
+            finished[name][client] = tensor
+        losses[client] = total / max(seen, 1e-12)
+    return LocalUpdate(finished, losses)
 
 
 def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
