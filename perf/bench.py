@@ -24,7 +24,12 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 CORES = {"fedra 1": 1, "fedra 2": 2, "bare": 1, "pfl": 1, "flower": 2}
 # Rounds that take some seconds each turn: (Fedra, bare and pfl, Flower); 0 leaves Flower out.
-ROUNDS = {"a": (120, 10, 4), "b": (30, 8, 3), "c": (5, 4, 3), "d": (120, 60, 6), "e": (8, 5, 3), "g": (4, 3, 0)}
+ROUNDS = {
+    "a": (120, 10, 4), "b": (30, 8, 3), "c": (5, 4, 3), "d": (120, 60, 6), "e": (8, 5, 3), "g": (4, 3, 0),
+    "medical": (120, 60, 8), "fraud": (12, 6, 3), "nlp": (6, 4, 3), "app": (15, 0, 4),
+}  # fmt: skip
+# pfl-research has the networks of a to g only, and the app is Flower's: there is no loop to compare it with.
+NO_PFL = ("medical", "fraud", "nlp", "app")
 SHORT = {"a": (60, 6, 0), "b": (12, 4, 0), "c": (4, 3, 0)}
 
 
@@ -43,7 +48,8 @@ def timed(contestant: str, workload: str, rounds: int) -> dict[str, float]:
 def compare(workload: str, rounds: tuple[int, int, int], against: list[str], turns: int) -> dict[str, list[float]]:
     """Return every contestant's clients per second, turn by turn."""
     ours, theirs, flowers = rounds
-    contestants = {"fedra 1": ours, "fedra 2": ours, "bare": theirs, "pfl": theirs, "flower": flowers}
+    peers = 0 if workload in NO_PFL else theirs
+    contestants = {"fedra 1": ours, "fedra 2": ours, "bare": theirs, "pfl": peers, "flower": flowers}
     rates: dict[str, list[float]] = {}
     for turn in range(turns):
         for name, count in contestants.items():

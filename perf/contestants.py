@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 PFL_PYTHON = os.environ.get("PFL_PYTHON", str(ROOT / "perf" / ".venv-pfl" / "bin" / "python"))
+QUICKSTART = ROOT / "perf" / "quickstart"
+APP_NODES = 1000
 Timed = dict[str, Any]
 
 
@@ -28,6 +30,8 @@ def fedra(name: str, rounds: int, workers: int = 0) -> Timed:
     from perf.workloads import config
     from simulations.run import simulate
 
+    if name == "app":
+        return _fedra_flower(rounds, workers)
     ends: list[float] = []
     sizes: list[Any] = []
     with tempfile.TemporaryDirectory() as out:
@@ -42,11 +46,23 @@ def fedra(name: str, rounds: int, workers: int = 0) -> Timed:
     return {"seconds": seconds[:-1], "clients": settings.count(settings.sampled), "loss": loss, "cohort": sizes[0]}
 
 
+def _fedra_flower(rounds: int, workers: int) -> Timed:
+    """Run the quickstart app, unmodified, on Fedra's engine."""
+    from simulations.flower import run_app
+    from simulations.flower_app import FlowerApp
+
+    with tempfile.TemporaryDirectory() as folder:
+        app = FlowerApp.read(QUICKSTART, [f'num-server-rounds={rounds} seconds-file="{folder}/seconds"'])
+        run_app(app, APP_NODES, workers)
+        return {"seconds": json.loads(Path(folder, "seconds").read_text()), "clients": APP_NODES // 10}
+
+
 def bare(name: str, rounds: int) -> Timed:
     """Run the plain torch loop: one model, one optimiser a client, a running mean; no federation at all."""
     import numpy as np
     import torch
 
+    from core.training import make_optimizer
     from perf.workloads import config
     from tasks import load
     from tasks.base import build_model
@@ -68,7 +84,7 @@ def bare(name: str, rounds: int) -> Timed:
                     p.copy_(weights[key])
             split = data[int(client)]
             x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)
-            optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate)
+            optimizer = make_optimizer(settings, settings.learning_rate)(list(model.parameters()))
             for rows in torch.from_numpy(draws.permutation(len(y))).split(settings.batch_size):
                 optimizer.zero_grad()
                 task.loss(model(x[rows]), y[rows]).mean().backward()
@@ -86,28 +102,36 @@ def flower(name: str, rounds: int) -> Timed:
     from perf.workloads import config
 
     with tempfile.TemporaryDirectory() as folder:
+        if name == "app":
+            # Flower's launcher sends a copy of the app: what is written must have an absolute place.
+            _flwr_run(folder, QUICKSTART, APP_NODES, f'num-server-rounds={rounds} seconds-file="{folder}/seconds"')
+            return {"seconds": json.loads(Path(folder, "seconds").read_text()), "clients": APP_NODES // 10}
         settings = config(name, rounds, out=f"{folder}/runs", engine__cohort_size=1)
         (Path(folder) / "settings.toml").write_text(settings.toml())
-        nodes = f"num-supernodes={settings.clients} client-resources-num-cpus=1 init-args-num-cpus=2"
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FLWR_HOME": folder,
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        }
-        command = ["flwr", "run", str(ROOT), "--run-config", f"{folder}/settings.toml", "--federation-config", nodes]
-        try:
-            subprocess.run([*command, "--stream"], env=environment, check=True, stdout=subprocess.DEVNULL)
-        finally:
-            _end_superlinks(folder)
+        _flwr_run(folder, ROOT, settings.clients, f"{folder}/settings.toml")
         [file] = Path(folder).glob("runs/*/rounds.jsonl")
         rows = [json.loads(line) for line in file.open()]
     return {"seconds": [row["seconds"] for row in rows[1:]], "clients": settings.count(settings.sampled)}
+
+
+def _flwr_run(home: str, app: Path, nodes: int, run_config: str) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "FLWR_HOME": home,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=2"
+    command = ["flwr", "run", str(app), "--run-config", run_config, "--federation-config", federation, "--stream"]
+    try:
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        _end_superlinks(home)
 
 
 def pfl(name: str, rounds: int) -> Timed:

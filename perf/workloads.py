@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from core.config import RunConfig, dotted
 from core.data import Federation, Split
+from simulations.run import preset
 from tasks.base import classification_loss
 
 POOL = 20_000
@@ -177,6 +178,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def config(name: str, rounds: int, **changes: Any) -> RunConfig:
-    """Return a workload's configuration, evaluated at the end only and by few clients: training is what is timed."""
-    quiet = {"evaluate-every": rounds, "evaluated": 1, "rounds": rounds, "preset": name}
-    return RunConfig.of({**SETTINGS[name], **quiet, **{dotted(key): value for key, value in changes.items()}})
+    """Return a workload's (or a preset's) configuration, evaluated at the end only and by few clients.
+
+    Training is what is timed.
+    """
+    quiet = {"evaluate-every": rounds, "evaluated": 1, "rounds": rounds, "preset": name, "baselines": False}
+    settings = SETTINGS[name] if name in SETTINGS else preset(name).flat()
+    return RunConfig.of({**settings, **quiet, **{dotted(key): value for key, value in changes.items()}})
