@@ -58,7 +58,10 @@ class Engine(_Section):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="Of the forward pass: bf16 is torch's autocast; weights stay float32."
     )
-    compile: bool = Field(False, description="Whether torch.compile makes the cohort's gradient; costs a minute once.")
+    compile: bool = Field(
+        False,
+        description="Whether torch.compile makes a cohort's gradient; not under a penalty (fedprox) or one by one.",
+    )
     address: str = Field("", description="An existing Ray cluster to join: auto or HOST:PORT; empty starts one here.")
 
     @field_validator("gpus_per_worker")

@@ -64,11 +64,11 @@ class Federation:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the data; an array that several splits share counts once."""
+        """Return the bytes of the data; an array that several splits have in common counts once."""
         arrays = [
             array for split in (self.train, self.validation, self.test, self.central) for array in (split.x, split.y)
         ]
-        return sum({id(array if array.base is None else array.base): array.nbytes for array in arrays}.values())
+        return sum({id(array): array.nbytes for array in arrays}.values())
 
     def name(self, client: int) -> str:
         """Return what a client is called."""

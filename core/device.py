@@ -18,10 +18,17 @@ def device_of(config: RunConfig) -> torch.device:
 def decide_device(config: RunConfig) -> RunConfig:
     """Return the config with `engine.device` decided, which stands in config.toml since digits depend on it.
 
-    Raises `InputError` for a GPU where there is none; a cluster's GPUs are not this machine's to judge.
+    Raises `InputError` for a GPU where there is none. A cluster may have some that this machine has not: there is
+    then nothing to measure on, and cohort size and workers must be given.
     """
-    if config.engine.device == "cuda" and not config.engine.address and not torch.cuda.is_available():
-        raise InputError("engine.device=cuda, but torch sees no CUDA device here; set engine.device=cpu or auto.")
+    if config.engine.device == "cuda" and not torch.cuda.is_available():
+        if not config.engine.address:
+            raise InputError("engine.device=cuda, but torch sees no CUDA device here; set engine.device=cpu.")
+        if "auto" in (config.engine.cohort_size, config.engine.workers):
+            raise InputError(
+                "engine.device=cuda with engine.address, and this machine has no GPU to measure on; "
+                "set engine.cohort-size (128, say) and engine.workers (the cluster's GPUs)."
+            )
     return config.with_(engine__device=device_of(config).type)
 
 

@@ -37,7 +37,8 @@ def stack(model: nn.Module, rate: float | None = None) -> Forward | None:
 def _layer(module: nn.Module, prefix: str, rate: float | None) -> Forward | None:
     kind = type(module)
     if kind is nn.Sequential:
-        layers = [_layer(child, f"{prefix}{name}.", rate) for name, child in module.named_children()]
+        # Not named_children(): it leaves out a module that stands in the model twice, as an activation may.
+        layers = [_layer(child, f"{prefix}{name}.", rate) for name, child in module._modules.items() if child]
         return _chain([layer for layer in layers if layer]) if all(layers) else None
     if isinstance(module, nn.Linear) and kind is nn.Linear:
         return _linear(prefix, module.bias is not None) if rate is None else _descending(prefix, rate)

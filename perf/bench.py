@@ -22,6 +22,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+# Flower's launcher does not always come up on a busy machine.
+ATTEMPTS = 3
 CORES = {"fedra 1": 1, "fedra 2": 2, "bare": 1, "pfl": 1, "flower": 2}
 # Rounds that take some seconds each turn: (Fedra, bare and pfl, Flower); 0 leaves Flower out.
 ROUNDS = {
@@ -37,10 +39,12 @@ def timed(contestant: str, workload: str, rounds: int) -> dict[str, float]:
     """Return a contestant's clients per second in a process of its own."""
     name, _, workers = contestant.partition(" ")
     arguments = [name, workload, str(rounds), *([str(int(workers) if int(workers) > 1 else 0)] if workers else [])]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "contestants.py"), *arguments],
-        cwd=HERE.parent, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, str(HERE / "contestants.py"), *arguments]
+    for attempt in range(ATTEMPTS):
+        done = subprocess.run(command, cwd=HERE.parent, check=attempt == ATTEMPTS - 1, capture_output=True, text=True)
+        if not done.returncode:
+            break
+        print(f"{workload} {contestant} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return {"rate": found["clients"] / statistics.median(found["seconds"]), "cohort": found.get("cohort")}
 

@@ -21,7 +21,7 @@ from core.data import Federation
 from core.device import device_of
 from core.training import assemble, can_vectorise, local_sgd, make_optimizer
 from tasks import load
-from tasks.base import build_model
+from tasks.base import Task, build_model
 from tasks.download import cache_folder
 
 CANDIDATES = (2, 4, 8, 16, 32, 64, 128)
@@ -64,10 +64,14 @@ def measure(config: RunConfig, federation: Federation, shares: int, job_seconds:
     try:
         found = Measured(**json.loads(remembered.read_text()))
     except (OSError, ValueError, TypeError):
-        found = _fastest(config, federation, model, sizes, job_seconds)
-        with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            remembered.write_text(json.dumps(asdict(found)) + "\n")
+        found, whole = _fastest(config, federation, task, model, sizes, job_seconds)
+        if whole:
+            with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
+                remembered.parent.mkdir(parents=True, exist_ok=True)
+                remembered.write_text(json.dumps(asdict(found)) + "\n")
+        if device_of(config).type == "cuda":
+            # What the largest candidate took is the workers' to use.
+            torch.cuda.empty_cache()
     return found if given == "auto" else replace(found, cohort_size=given)
 
 
@@ -80,25 +84,33 @@ def _fingerprint(
         "engine.device", "engine.precision", "engine.compile",
     )  # fmt: skip
     flat = config.flat()
+    processor = torch.cuda.get_device_name() if device_of(config).type == "cuda" else platform.machine()
     parts = [
         {key: flat[key] for key in keys}, str(model), [list(p.shape) for p in model.parameters()],
         list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, job_seconds, torch.__version__,
-        platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
+        processor, torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def _fastest(
-    config: RunConfig, federation: Federation, model: torch.nn.Module, sizes: list[int], job_seconds: float
-) -> Measured:
-    best, least, began = Measured(1, 0.0), float("inf"), 0.0
+    config: RunConfig,
+    federation: Federation,
+    task: Task,
+    model: torch.nn.Module,
+    sizes: list[int],
+    job_seconds: float,
+) -> tuple[Measured, bool]:
+    """Return the fastest of the sizes, and whether all that were tried could be."""
+    # Where nothing can be measured nothing is known of the time either: it is taken to be long.
+    best, least, began = Measured(1, math.inf), math.inf, 0.0
     for size in dict.fromkeys(sizes):
         try:
-            seconds = _seconds_per_client(config, federation, model, size)
+            seconds = _seconds_per_client(config, federation, task, model, size)
         except Exception as error:
-            # Data-dependent control flow and the like cannot be mapped: one by one is what always works.
-            logging.getLogger("fedra").warning("clients train one by one: the model cannot be mapped (%s)", error)
-            break
+            # Data-dependent control flow, or no memory for so many: fewer, or one by one, is what works.
+            logging.getLogger("fedra").warning("%d clients cannot train together (%s)", size, error)
+            return best, False
         # The clock starts after the first: what a process does once (imports, allocations) is not the model's time.
         began = began or time.perf_counter()
         taken = seconds + job_seconds / size
@@ -106,23 +118,26 @@ def _fastest(
             best, least = Measured(size, seconds), taken
         if taken > HOPELESS * least or time.perf_counter() - began > BUDGET_SECONDS:
             break
-    return best
+    return best, True
 
 
-def _seconds_per_client(config: RunConfig, federation: Federation, model: torch.nn.Module, size: int) -> float:
+def _seconds_per_client(
+    config: RunConfig, federation: Federation, task: Task, model: torch.nn.Module, size: int
+) -> float:
     """Return what a client's round takes in a cohort of `size`, from at most four batches; the first call is apart."""
     clients = [federation.train[i % len(federation)] for i in range(size)]
     few = 4 * config.batch_size
     sizes = [min(len(split), few) for split in clients]
     cohort = assemble(
-        config.with_(engine__cohort_size=size), model, load(config).loss,
+        config.with_(engine__cohort_size=size), model, task.loss,
         np.concatenate([split.x[:few] for split in clients]),
         np.concatenate([split.y[:few] for split in clients]),
         plan(sizes, config.batch_size, _in_order),
         make_optimizer(config, config.learning_rate),
     )  # fmt: skip
     first_step = replace(cohort, batches=plan([1] * size, 1, _in_order).to(cohort.x.device))
-    local_sgd(first_step)
+    # What is compiled is compiled for a shape of batch.
+    local_sgd(cohort if cohort.compiled else first_step)
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()

@@ -134,8 +134,10 @@ class RayPool:
             start_ray(ray, workers, address, data_bytes)
         # Large arguments (the federation) go into shared memory once and are read there by every actor.
         self._arguments = tuple(ray.put(argument) for argument in worker_arguments)
-        share = _share(ray.cluster_resources().get("GPU", 0.0), workers) if gpus == "auto" else gpus
-        self._actor_class = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0, scheduling_strategy="SPREAD")(_Actor)
+        self._gpus = _share(ray.cluster_resources().get("GPU", 0.0), workers) if gpus == "auto" else gpus
+        self._actor_class = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, scheduling_strategy="SPREAD")(
+            _Actor
+        )
         self._actors = [self._actor_class.remote(*self._arguments) for _ in range(workers)]
         self._busy: dict[Any, tuple[Any, _Task]] = {}
         self._queue: deque[_Task] = deque()
@@ -146,7 +148,8 @@ class RayPool:
             self.close()
             raise RuntimeError(
                 f"{workers} workers did not start in {START_SECONDS:.0f} s on a cluster with "
-                f"{ray.cluster_resources().get('CPU', 0):.0f} CPUs, one for each worker; lower engine.workers"
+                f"{ray.cluster_resources().get('CPU', 0):.0f} CPUs and {ray.cluster_resources().get('GPU', 0):.0f} "
+                f"GPUs; each needs 1 CPU and {self._gpus:g} GPUs; lower engine.workers"
             ) from None
         except ray.exceptions.RayActorError as error:
             # Said once and at once, instead of as the failure of every client of round 1.
@@ -202,7 +205,10 @@ class RayPool:
 
     def _replace(self, dead: Any, task: _Task) -> Result | None:
         """Put a new actor in place of a dead one and its jobs back in the queue; give up on a job after ATTEMPTS."""
-        if dead in self._actors:
+        if dead in self._actors and self._gpus and len(self._actors) > 1:
+            # Where its GPU went with it, a new one would wait for ever: the others share the work.
+            self._actors.remove(dead)
+        elif dead in self._actors:
             # It asks for no CPU: where a whole machine went, there may be none left for it, and it would never start.
             self._actors[self._actors.index(dead)] = self._actor_class.options(num_cpus=0).remote(*self._arguments)
         # Whatever else the dead actor had was lost with it, but only the job it was working on counts an attempt.
@@ -221,9 +227,10 @@ def _share(gpus: float, workers: int) -> float:
     """Return the share of the GPUs for each worker as Ray counts it: a fraction below 1, or whole ones."""
     if not gpus:
         raise InputError("engine.device=cuda, but Ray finds no GPU; set engine.device=cpu.")
-    share = gpus / workers
-    # Rounded down: two workers must not ask for a little more than there is.
-    return float(math.floor(share)) if share >= 1 else math.floor(share * 1000) / 1000
+    if workers <= gpus:
+        return float(gpus // workers)
+    # As many on each GPU as the fullest has, rounded down: together they must not ask for more than one.
+    return math.floor(1000 / math.ceil(workers / gpus)) / 1000
 
 
 def _cause(error: Exception) -> str:

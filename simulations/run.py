@@ -29,7 +29,7 @@ from server.build import check
 from server.recorder import RunFolder
 from server.session import OnRound
 from simulations.baselines import train_baselines
-from simulations.cohort_size import measure
+from simulations.cohort_size import Measured, measure
 from simulations.grid import RayGrid
 from simulations.pool import LocalPool, Pool, RayPool
 from simulations.worker import Worker
@@ -151,17 +151,21 @@ def decide(config: RunConfig, federation: Federation) -> tuple[RunConfig, int]:
     given = config.engine.workers
     if config.engine.cohort_size != "auto" and given != "auto":
         return config, most
+    if given == "auto" and not config.engine.address:
+        here = measure(config, federation, 1, 0.0)
+        # One process feeds one GPU best; a round on the CPU is divided among the workers.
+        pays = most > 1 if config.engine.device == "cuda" else _saves(config, here, most) > RAY_SECONDS
+        if not pays:
+            return config.with_(engine__cohort_size=here.cohort_size), 0
     measured = measure(config, federation, most, JOB_SECONDS if most else 0.0)
-    config = config.with_(engine__cohort_size=measured.cohort_size)
-    if given != "auto" or config.engine.address:
-        return config, most
-    if config.engine.device == "cuda":
-        # One process feeds one GPU best.
-        return config, most if torch.cuda.device_count() > 1 else 0
-    round_seconds = measured.seconds * config.count(config.sampled)
-    jobs = config.count(config.sampled) / together(config)
-    saved = round_seconds * (1 - 1 / most) - JOB_SECONDS * jobs / most
-    return config, most if saved * config.rounds > RAY_SECONDS else 0
+    return config.with_(engine__cohort_size=measured.cohort_size), most
+
+
+def _saves(config: RunConfig, here: Measured, workers: int) -> float:
+    """Return the seconds that `workers` save over the run, their start apart."""
+    sampled = config.count(config.sampled)
+    jobs = sampled / together(config.with_(engine__cohort_size=here.cohort_size))
+    return config.rounds * (here.seconds * sampled * (1 - 1 / workers) - JOB_SECONDS * jobs / workers)
 
 
 @contextmanager
@@ -217,8 +221,11 @@ def check_run(config: RunConfig) -> Federation:
 def worker_count(config: RunConfig) -> int:
     """Return how many workers there may be: under `auto` one a core or GPU, but no more than clients a round."""
     most = most_workers(config)
-    units = torch.cuda.device_count() if config.engine.device == "cuda" else os.cpu_count()
-    workers = min(units or 1, most) if config.engine.workers == "auto" else config.engine.workers
+    units: float | None = os.cpu_count()
+    if config.engine.device == "cuda":
+        share = config.engine.gpus_per_worker
+        units = torch.cuda.device_count() / (1.0 if share == "auto" else share)
+    workers = min(int(units or 1), most) if config.engine.workers == "auto" else config.engine.workers
     if workers > most:
         sampled = plural(config.count(config.sampled), "client")
         raise InputError(
