@@ -12,7 +12,6 @@ its slot computes afterwards reaches nobody.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -28,8 +27,9 @@ from core.batches import Batches
 from core.config import RunConfig
 from core.device import to_device
 from core.errors import unknown
+from core.one_by_one import one_by_one
 from core.records import Tensors, travelling
-from core.steps import Penalty, advancing, make_step
+from core.steps import Penalty, make_step
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -128,7 +128,7 @@ def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
     for generator in generators:
         generator.manual_seed(r.seed)
     try:
-        return _vectorised(r, penalty) if r.vectorised else _one_by_one(r, penalty)
+        return _vectorised(r, penalty) if r.vectorised else LocalUpdate(*one_by_one(r, penalty))
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
@@ -167,47 +167,6 @@ def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
     # Not a product: what a finished client's slot computes may be nan, and nan * 0 is nan.
     total = torch.where(counts > 0, losses * counts, 0.0).sum(0)
     return LocalUpdate({name: p.detach() for name, p in final.items()}, total / counts.sum(0).clamp_min(1e-12))
-
-
-def _one_by_one(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
-    # One copy serves all clients: making a module costs more than a step of a small one.
-    model = copy.deepcopy(r.model).train()
-    tensors = travelling(model)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cohort = len(r.batches.steps)
-    finished = {name: tensor.new_empty(cohort, *tensor.shape) for name, tensor in tensors.items()}
-    losses = r.batches.weights.new_empty(cohort)
-    own: list[Tensor] = list(params.values())
-    for client, steps in enumerate(r.batches.steps.tolist()):
-        with torch.no_grad():
-            for buffer, untouched in zip(model.buffers(), r.model.buffers(), strict=True):
-                buffer.copy_(untouched)
-            for name, tensor in tensors.items():
-                tensor.copy_(r.global_params[name])
-        advance = advancing(own, r.optimizer)
-        total = seen = 0.0
-        for s in range(steps):
-            real = r.batches.weights[s, client] > 0
-            rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
-            with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
-                loss = _weighted_mean(r.loss(model(r.x[rows]), r.y[rows]), weight)
-            gradients = torch.autograd.grad(loss + penalty(params) if penalty else loss, own, allow_unused=True)
-            for p, gradient in zip(own, gradients, strict=True):
-                p.grad = gradient
-            if r.gradient_clip:
-                nn.utils.clip_grad_norm_(own, r.gradient_clip)
-            advance()
-            total += float(loss.detach()) * float(weight.sum())
-            seen += float(weight.sum())
-        for name, tensor in tensors.items():
-            finished[name][client] = tensor
-        losses[client] = total / max(seen, 1e-12)
-    return LocalUpdate(finished, losses)
-
-
-def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
-    # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
-    return (losses * weight).sum() / weight.sum().clamp_min(1e-12)
 
 
 def can_vectorise(model: nn.Module) -> bool:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import ray
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file
 
+from client.app import HANDLERS, Reply
 from core.config import RunConfig
 from core.errors import InputError
+from core.records import to_arrays, travelling
+from server.build import check
 from simulations.grid import RayGrid
-from simulations.pool import LocalPool, RayPool, start_ray
+from simulations.pool import LocalPool, RayPool, _share, start_ray
 from simulations.run import preset, simulate
 from simulations.worker import Worker, node_of
+from tasks import load
+from tasks.base import build_model
 
 
 def _local(app: str, clients: int, cohort_size: int = 2) -> RayGrid:
@@ -231,3 +236,61 @@ def test_a_failed_evaluation_is_counted(smoke: Callable[..., RunConfig], monkeyp
     simulate(smoke(rounds=1), on_round=rows.append)
     assert rows[0]["failed"] == 0
     assert rows[0]["failed_evaluations"] == 1
+
+
+def _messages(config: RunConfig, partial: bool) -> tuple[LocalPool, RecordDict]:
+    federation = check(config)
+    arrays = to_arrays(travelling(build_model(load(config), 0)))
+    constants = {"constants.mean": [0.0] * 30, "constants.std": [1.0] * 30, "server-round": 1, "partial-mean": partial}
+    pool = LocalPool(lambda: Worker("client.app:app", config.flat(), config.clients, federation))
+    return pool, RecordDict({"arrays": arrays, "config": ConfigRecord(constants)})
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_several_cohorts_in_a_job_answer_what_they_answer_one_a_job(
+    smoke: Callable[..., RunConfig], partial: bool
+) -> None:
+    pool, content = _messages(smoke(clients=10, engine__cohort_size=2), partial)
+    answers = []
+    for together in (2, 6):
+        grid = RayGrid(pool, 10, together)
+        answers.append(list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()])))
+    assert [len(replies) for replies in answers] == [1 if partial else 10] * 2
+    for one, other in zip(*answers, strict=True):
+        assert one.content["metrics"]["num-examples"] == other.content["metrics"]["num-examples"]
+        assert one.content["clients"]["client"] == other.content["clients"]["client"]
+        for name, array in one.content["arrays"].items():
+            np.testing.assert_allclose(array.numpy(), other.content["arrays"][name].numpy(), atol=1e-6)
+
+
+def test_a_failing_client_of_a_job_costs_nobody_else_a_batch(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, content = _messages(smoke(clients=6, engine__cohort_size=2, local_steps=3), True)
+    train = HANDLERS["train"]
+
+    def failing(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+        if any(context.node_config["partition-id"] == 3 for context in contexts):
+            raise OSError("its disk is gone")
+        return train(content, contexts)
+
+    monkeypatch.setitem(HANDLERS, "train", failing)
+    grid = RayGrid(pool, 6, cohort_size=6)
+    mean, error = list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
+    assert sorted(mean.content["clients"]["client"]) == [0, 1, 2, 4, 5]
+    assert "its disk is gone" in str(error.error.reason)
+    drawn = {node: state["fedra"]["batches-drawn"] for node, state in grid.client_states.items()}
+    assert drawn == {node_of(client): 3 for client in (0, 1, 2, 4, 5)}
+
+
+def test_workers_never_ask_for_more_than_the_gpus_there_are() -> None:
+    for workers, gpus, share in ((1, 1, 1.0), (2, 1, 0.5), (3, 2, 0.5), (8, 3, 0.333), (2, 8, 4.0), (3, 8, 2.0)):
+        assert _share(gpus, workers) == share
+    with pytest.raises(InputError, match=r"Ray finds no GPU; set engine.device=cpu"):
+        _share(0.0, 2)
+
+
+def test_a_federations_bytes_are_those_of_its_arrays(smoke: Callable[..., RunConfig]) -> None:
+    federation = check(smoke())
+    rows = sum(len(split.y) for split in (federation.train, federation.validation, federation.test, federation.central))
+    assert federation.nbytes == rows * (30 * 4 + 8)

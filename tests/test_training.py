@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.batches import Batches, plan, stream
 from core.config import RunConfig
+from core.one_by_one import takes_channels_last
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import permutations
 from core.stacked import stack
@@ -66,7 +67,21 @@ def _deep() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"mlp": _mlp, "deep": _deep, "cnn": _cnn, "transformer": _transformer, "batch_norm": _batch_norm}
+def _shared() -> nn.Module:
+    activation = nn.Tanh()
+    return nn.Sequential(
+        nn.Linear(6, 8), activation, nn.Linear(8, 8), activation, nn.Linear(8, 1), activation, nn.Flatten(0)
+    )
+
+
+MODELS = {
+    "mlp": _mlp,
+    "shared": _shared,
+    "deep": _deep,
+    "cnn": _cnn,
+    "transformer": _transformer,
+    "batch_norm": _batch_norm,
+}
 
 
 def _round(name: str, optimizer: str = "sgd", epochs: int = 2, **changes: object) -> LocalRound:
@@ -122,6 +137,28 @@ def test_a_round_equals_the_plain_loop(model: str, optimizer: str, vectorised: b
 def test_clipping_and_penalty_equal_the_plain_loop(vectorised: bool) -> None:
     _assert_equal(_round("mlp", gradient_clip=0.05, vectorised=vectorised))
     _assert_equal(_round("mlp", vectorised=vectorised), mu=0.5)
+
+
+class _Viewing(nn.Module):
+    """A network of images that relies on how they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(len(x), 64))
+
+
+def test_images_are_stored_channels_last_where_the_model_allows_it() -> None:
+    images = torch.Size([1, 6, 6])
+    assert takes_channels_last(_cnn(), images)
+    assert not takes_channels_last(_Viewing(), images)
+    assert not takes_channels_last(_mlp(), torch.Size([6]))
+    torch.manual_seed(0)
+    viewing = _Viewing()
+    weights = {key: tensor.clone() for key, tensor in travelling(viewing).items()}
+    _assert_equal(replace(_round("cnn"), model=viewing, global_params=weights, vectorised=False))
 
 
 def test_batch_norm_takes_the_loop_and_its_statistics_travel() -> None:
@@ -258,14 +295,50 @@ def test_every_permutation_is_as_likely_as_the_others() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
 
 
-@pytest.mark.parametrize("name", ["mlp", "deep"])
-def test_plain_sgd_in_place_equals_the_plain_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "deep", "shared"])
+def test_plain_sgd_in_place_equals_the_plain_loop(name: str, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     r = replace(_round(name), optimizer=make_optimizer(RunConfig(), 0.1))
-    assert plain_rate(r.optimizer) == 0.1
+    if alike:
+        r = replace(r, batches=plan([8, 8, 8], BATCH, lambda at, n: np.tile(np.arange(n)[::-1], (len(at), 2, 1))))
+    before = {key: p.clone() for key, p in r.global_params.items()}
+    monkeypatch.setattr("core.steps.plain_rate", lambda _: None)
+    by_gradient = local_sgd(r)
+    monkeypatch.undo()
+    # No gradient is computed any more: what trains now is the step in place.
+    monkeypatch.setattr("core.steps._gradients", None)
     _assert_equal(r)
     in_place = local_sgd(r)
-    monkeypatch.setattr("core.steps.plain_rate", lambda _: None)
-    torch.testing.assert_close(local_sgd(r).loss, in_place.loss)
+    torch.testing.assert_close(by_gradient.loss, in_place.loss)
+    for key, p in r.global_params.items():
+        torch.testing.assert_close(by_gradient.params[key], in_place.params[key], atol=1e-6, rtol=1e-5)
+        assert torch.equal(p, before[key])
+
+
+@pytest.mark.parametrize("name", ["deep", "transformer", "cnn"])
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_bf16_moves_weights_almost_as_float32_does(name: str, vectorised: bool) -> None:
+    r = replace(_round(name, vectorised=vectorised), optimizer=make_optimizer(RunConfig(), 0.1))
+    full, half = local_sgd(r), local_sgd(replace(r, bf16=True))
+    steps = {n: torch.stack([u.params[n] - r.global_params[n] for u in (full, half)]) for n in r.global_params}
+    moved = torch.cat([full_step.flatten() for full_step, _ in steps.values()]).norm()
+    off = torch.cat([(full_step - half_step).flatten() for full_step, half_step in steps.values()]).norm()
+    assert 0 < off < 0.1 * moved
+    assert all(p.dtype == torch.float32 for p in half.params.values())
+
+
+@pytest.mark.parametrize("name", ["deep", "cnn"])
+def test_a_compiled_gradient_is_made_once_and_equals_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    compile_ = torch.compile
+    monkeypatch.setattr("core.steps.torch.compile", lambda f: compiled.append(f) or compile_(f, backend="aot_eager"))
+    r = _round(name)
+    plain = local_sgd(r)
+    for _ in range(2):
+        update = local_sgd(replace(r, compiled=True))
+    assert len(compiled) == 1
+    for key, p in plain.params.items():
+        torch.testing.assert_close(update.params[key], p, atol=1e-5, rtol=1e-4)
 
 
 def test_sgd_with_momentum_or_decay_and_other_optimisers_are_not_plain() -> None:

@@ -1,0 +1,86 @@
+"""Training one client after the other through autograd: for models that cannot be mapped, or are faster so."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from core.records import Tensors, travelling
+from core.steps import Penalty, advancing
+
+if TYPE_CHECKING:
+    from core.training import LocalRound
+
+
+def one_by_one(r: LocalRound, penalty: Penalty | None) -> tuple[Tensors, Tensor]:
+    """Return every client's trained tensors (C, ...) by name and its mean training loss (C,)."""
+    layout = torch.channels_last if takes_channels_last(r.model, r.x.shape[1:]) else torch.contiguous_format
+    model = _twin(r.model, layout).train()
+    tensors = travelling(model)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    cohort = len(r.batches.steps)
+    finished = {name: tensor.new_empty(cohort, *tensor.shape) for name, tensor in tensors.items()}
+    losses = r.batches.weights.new_empty(cohort)
+    own: list[Tensor] = list(params.values())
+    for client, steps in enumerate(r.batches.steps.tolist()):
+        with torch.no_grad():
+            for buffer, untouched in zip(model.buffers(), r.model.buffers(), strict=True):
+                buffer.copy_(untouched)
+            for name, tensor in tensors.items():
+                tensor.copy_(r.global_params[name])
+        advance = advancing(own, r.optimizer)
+        total = seen = 0.0
+        for s in range(steps):
+            real = r.batches.weights[s, client] > 0
+            rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
+            with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
+                loss = _weighted_mean(r.loss(model(r.x[rows].contiguous(memory_format=layout)), r.y[rows]), weight)
+            gradients = torch.autograd.grad(loss + penalty(params) if penalty else loss, own, allow_unused=True)
+            for p, gradient in zip(own, gradients, strict=True):
+                p.grad = gradient
+            if r.gradient_clip:
+                nn.utils.clip_grad_norm_(own, r.gradient_clip)
+            advance()
+            total += float(loss.detach()) * float(weight.sum())
+            seen += float(weight.sum())
+        for name, tensor in tensors.items():
+            finished[name][client] = tensor
+        losses[client] = total / max(seen, 1e-12)
+    return finished, losses
+
+
+@functools.lru_cache(maxsize=2)
+def _twin(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """Return a copy of the model to train. One serves all clients and rounds: copying takes longer than a step."""
+    twin: nn.Module = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+    return twin
+
+
+@functools.lru_cache(maxsize=2)
+def takes_channels_last(model: nn.Module, shape: torch.Size) -> bool:
+    """Return whether a model of images (channels, height, width) computes the same with the channels stored last.
+
+    Convolutions and pooling on CPUs are faster so, by a tenth or more; a model that looks at strides (`view` after a
+    convolution) may refuse.
+    """
+    if len(shape) != 3 or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return False
+    device = next(model.parameters()).device
+    x = torch.linspace(-1, 1, 2 * math.prod(shape), device=device).view(2, *shape)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).eval()(x)
+        try:
+            twin = _twin(model, torch.channels_last).eval()
+            return torch.allclose(twin(x.contiguous(memory_format=torch.channels_last)), wanted, rtol=1e-3, atol=1e-4)
+        except RuntimeError:
+            return False
+
+
+def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
+    # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
+    return (losses * weight).sum() / weight.sum().clamp_min(1e-12)
