@@ -44,6 +44,8 @@ class _Setting:
     task: Task
     model: nn.Module
     data: Federation
+    like: records.Tensors
+    """What travels of the model: its names and dtypes."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,7 +53,7 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> _Setting:
     config = RunConfig.of(dict(items))
     task = load(config)
     model = build_model(task, config.seed).to(device_of(config))
-    return _Setting(config, task, model, federation_of(config))
+    return _Setting(config, task, model, federation_of(config), records.travelling(model))
 
 
 class CohortApp(ClientApp):
@@ -100,7 +102,7 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         config, setting.model, setting.task.loss, x, y,
         _batches(config, server_round, clients, sizes, contexts),
         make_optimizer(config, learning_rate(config, server_round)),
-        global_params=_global(content, setting.model),
+        global_params=_global(content, setting),
         config=round_config,
         seed=derive(config.seed, "model", server_round, clients[0]),
     )  # fmt: skip
@@ -137,7 +139,7 @@ def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     clients = [_client(context) for context in contexts]
     split = str(config.get(records.SPLIT, "test"))
     x, y, sizes = _inputs(setting, split, clients, config)
-    p = predict(records.load_into(setting.model, _global(content, setting.model)), torch.from_numpy(x))
+    p = predict(records.load_into(setting.model, _global(content, setting)), torch.from_numpy(x))
     each = score_each(p, y, sizes, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
     # One answer for the cohort where the server takes that, with a column for each metric.
     groups = [list(range(len(clients)))] if config.get(records.PARTIAL_MEAN) else [[i] for i in range(len(clients))]
@@ -267,8 +269,8 @@ def _trained(
     return content
 
 
-def _global(content: RecordDict, model: nn.Module) -> records.Tensors:
-    return records.to_tensors(records.in_dtypes_of(content.array_records[records.ARRAYS], records.travelling(model)))
+def _global(content: RecordDict, setting: _Setting) -> records.Tensors:
+    return records.to_tensors(records.in_dtypes_of(content.array_records[records.ARRAYS], setting.like))
 
 
 def _answer(metrics: dict[str, Any], clients: dict[str, Any]) -> RecordDict:

@@ -101,9 +101,8 @@ def assemble(
         "compiled": run.engine.compile,
         **given,
     }
-    fields["global_params"] = {
-        name: to_device(t, device) for name, t in fields.get("global_params", travelling(model)).items()
-    }
+    weights = fields["global_params"] if "global_params" in fields else travelling(model)
+    fields["global_params"] = {name: to_device(tensor, device) for name, tensor in weights.items()}
     x_, y_ = (to_device(torch.from_numpy(values), device) for values in (x, y))
     return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches.to(device), optimizer=optimizer, **fields)
 
