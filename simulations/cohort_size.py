@@ -40,10 +40,10 @@ class Measured:
     seconds: float
 
 
-def measure(config: RunConfig, federation: Federation, shares: int, job_seconds: float) -> Measured:
+def measure(config: RunConfig, federation: Federation, shares: int, cohort_seconds: float) -> Measured:
     """Return the cohort size of the config; under `auto` the fastest of one by one and 2, 4, 8, ... 128 together.
 
-    `shares` is among how many workers a round is divided, `job_seconds` what handing one a cohort costs. The clock
+    `shares` is among how many workers a round is divided, `cohort_seconds` what a cohort costs beside its training. The clock
     decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in the run's
     config.toml like any other setting. It is also remembered for the next run with the same model, data shape and
     settings on this kind of processor.
@@ -60,11 +60,11 @@ def measure(config: RunConfig, federation: Federation, shares: int, job_seconds:
     else:
         candidates = CANDIDATES if device_of(config).type == "cpu" else GPU_CANDIDATES
         sizes = [1, *(size for size in candidates if size < largest), min(largest, candidates[-1])]
-    remembered = cache_folder("cohort-size") / f"{_fingerprint(config, model, federation, sizes, job_seconds)}.json"
+    remembered = cache_folder("cohort-size") / f"{_fingerprint(config, model, federation, sizes, cohort_seconds)}.json"
     try:
         found = Measured(**json.loads(remembered.read_text()))
     except (OSError, ValueError, TypeError):
-        found, whole = _fastest(config, federation, task, model, sizes, job_seconds)
+        found, whole = _fastest(config, federation, task, model, sizes, cohort_seconds)
         if whole:
             with contextlib.suppress(OSError):  # A read-only home is no reason to fail.
                 remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def measure(config: RunConfig, federation: Federation, shares: int, job_seconds:
 
 
 def _fingerprint(
-    config: RunConfig, model: torch.nn.Module, federation: Federation, sizes: list[int], job_seconds: float
+    config: RunConfig, model: torch.nn.Module, federation: Federation, sizes: list[int], cohort_seconds: float
 ) -> str:
     """Return a name for everything that the measurement depends on."""
     keys = (
@@ -87,7 +87,7 @@ def _fingerprint(
     processor = torch.cuda.get_device_name() if device_of(config).type == "cuda" else platform.machine()
     parts = [
         {key: flat[key] for key in keys}, str(model), [list(p.shape) for p in model.parameters()],
-        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, job_seconds, torch.__version__,
+        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, cohort_seconds, torch.__version__,
         processor, torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -99,7 +99,7 @@ def _fastest(
     task: Task,
     model: torch.nn.Module,
     sizes: list[int],
-    job_seconds: float,
+    cohort_seconds: float,
 ) -> tuple[Measured, bool]:
     """Return the fastest of the sizes, and whether all that were tried could be."""
     # Where nothing can be measured nothing is known of the time either: it is taken to be long.
@@ -113,7 +113,7 @@ def _fastest(
             return best, False
         # The clock starts after the first: what a process does once (imports, allocations) is not the model's time.
         began = began or time.perf_counter()
-        taken = seconds + job_seconds / size
+        taken = seconds + cohort_seconds / size
         if taken < least:
             best, least = Measured(size, seconds), taken
         if taken > HOPELESS * least or time.perf_counter() - began > BUDGET_SECONDS:

@@ -39,9 +39,11 @@ from tasks.base import build_model, predict
 PRESETS = Path(__file__).parent / "presets"
 CLIENT_APP = "client.app:app"
 WORKERS_PER_CORE = 4
-# What Ray costs on two cores: to start it and its workers, and to hand a worker a cohort and take its answer.
-RAY_SECONDS = 5.0
+# Measured on two cores: what a cohort costs beside its training (records, batches, its mean), what it costs to hand it
+# to a worker and take the answer, and to start Ray and its workers.
+COHORT_SECONDS = 0.0015
 JOB_SECONDS = 0.002
+RAY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ def decide(config: RunConfig, federation: Federation) -> tuple[RunConfig, int]:
     if config.engine.cohort_size != "auto" and given != "auto":
         return config, most
     if given == "auto" and not config.engine.address:
-        here = measure(config, federation, 1, 0.0)
+        here = measure(config, federation, 1, COHORT_SECONDS)
         # One process feeds one GPU best; a round on the CPU is divided among the workers.
         pays = most > 1 if config.engine.device == "cuda" else _saves(config, here, most) > RAY_SECONDS
         if not pays:
             return config.with_(engine__cohort_size=here.cohort_size), 0
-    measured = measure(config, federation, most, JOB_SECONDS if most else 0.0)
+    measured = measure(config, federation, most, COHORT_SECONDS + (JOB_SECONDS if most else 0.0))
     return config.with_(engine__cohort_size=measured.cohort_size), most
 
 
