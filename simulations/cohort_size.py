@@ -43,10 +43,10 @@ class Measured:
 def measure(config: RunConfig, federation: Federation, shares: int, cohort_seconds: float) -> Measured:
     """Return the cohort size of the config; under `auto` the fastest of one by one and 2, 4, 8, ... 128 together.
 
-    `shares` is among how many workers a round is divided, `cohort_seconds` what a cohort costs beside its training. The clock
-    decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in the run's
-    config.toml like any other setting. It is also remembered for the next run with the same model, data shape and
-    settings on this kind of processor.
+    `shares` is among how many workers a round is divided, `cohort_seconds` what a cohort costs beside its training.
+    The clock decides, so two measurements may differ: equal bits need an equal cohort size, and the choice stands in
+    the run's config.toml like any other setting. It is also remembered for the next run with the same model, data
+    shape and settings on this kind of processor.
     """
     task = load(config)
     model = build_model(task, config.seed).to(device_of(config))
@@ -87,8 +87,8 @@ def _fingerprint(
     processor = torch.cuda.get_device_name() if device_of(config).type == "cuda" else platform.machine()
     parts = [
         {key: flat[key] for key in keys}, str(model), [list(p.shape) for p in model.parameters()],
-        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, cohort_seconds, torch.__version__,
-        processor, torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
+        list(federation.train[0].x.shape), float(federation.train.sizes.mean()), sizes, cohort_seconds,
+        torch.__version__, processor, torch.backends.cpu.get_cpu_capability(), os.cpu_count(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
