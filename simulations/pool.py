@@ -93,7 +93,7 @@ class _Task:
     attempts: int = 0
 
 
-class _Actor(Worker):
+class RayWorker(Worker):
     """A worker in a process of its own, which fetches a round's content once for all its jobs."""
 
     _fetched: tuple[Any, RecordDict | None] = (None, None)
@@ -136,7 +136,7 @@ class RayPool:
         self._arguments = tuple(ray.put(argument) for argument in worker_arguments)
         self._gpus = _share(ray.cluster_resources().get("GPU", 0.0), workers) if gpus == "auto" else gpus
         self._actor_class = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, scheduling_strategy="SPREAD")(
-            _Actor
+            RayWorker
         )
         self._actors = [self._actor_class.remote(*self._arguments) for _ in range(workers)]
         self._busy: dict[Any, tuple[Any, _Task]] = {}

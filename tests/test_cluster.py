@@ -56,7 +56,7 @@ def _workers(process: int) -> list[int]:
             command = Path(f"/proc/{child}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"ray::Worker" in command:
+        if b"ray::RayWorker" in command:
             found.append(child)
     return found
 
