@@ -147,7 +147,8 @@ class RunConfig(_Section):
     def _consistent(self) -> RunConfig:
         if self.engine.address and self.engine.workers == 0:
             raise ValueError(
-                "engine.address has no effect with engine.workers=0; set engine.workers or drop the address"
+                "engine.address has no effect with engine.workers=0 (some presets say so); "
+                "set engine.workers or drop the address"
             )
         for key in ("sampled", "evaluated"):
             value = getattr(self, key)
@@ -250,6 +251,10 @@ def _sentence(error: Mapping[str, Any]) -> str:
     """Turn pydantic's report into the value, the choices and the remedy."""
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error" and "literal['auto']" in error["loc"]:
+        message = "must be 'auto' or a number"
+    elif error["type"] == "bool_parsing":
+        message = "must be true or false"
     if not where:
         return f"{message}."
     hint = keys().get(where, "")

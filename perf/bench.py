@@ -117,6 +117,8 @@ def main() -> None:
     chosen = parser.parse_args()
     rounds = SHORT if chosen.short else ROUNDS
     wanted = chosen.only.split(",") if chosen.only else list(rounds)
+    if unknown := set(wanted) - rounds.keys():
+        parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(rounds)}")
     against = ["bare"] if chosen.short else chosen.against.split(",")
     chosen.out.mkdir(parents=True, exist_ok=True)
     file = chosen.out / "results.json"

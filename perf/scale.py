@@ -11,6 +11,7 @@ and, but for the first and the last, a plot into perf/results/.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -189,7 +190,10 @@ def plot(
 
 
 if __name__ == "__main__":
-    [what] = sys.argv[1:]
+    measures = {"clients": clients, "cohort": cohort, "rounds": rounds, "startup": startup}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=measures)
+    what = parser.parse_args().what
     RESULTS.mkdir(exist_ok=True)
-    outcome = {"clients": clients, "cohort": cohort, "rounds": rounds, "startup": startup}[what]()
+    outcome = measures[what]()
     (RESULTS / f"scale_{what}.json").write_text(json.dumps(outcome) + "\n")

@@ -34,6 +34,12 @@ def check(config: RunConfig) -> Federation:
         raise InputError(
             f"clients={config.clients}, but the data are for {len(federation)}; set clients={len(federation)}."
         )
+    shape = federation.train[0].x.shape
+    if task.standardise != "none" and len(shape) != 2:
+        raise InputError(
+            f"task {config.task} has inputs of shape {shape} and standardise = '{task.standardise}', which is for "
+            "tables (examples, features); set standardise = 'none' and scale them in federation()."
+        )
     if (metric or config.keep == "best") and not federation.validation.sizes.any():
         raise InputError("early stopping and keep=best need validation splits, and these partitions have none.")
     return federation

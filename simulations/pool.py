@@ -173,15 +173,14 @@ class RayPool:
         if not self._busy:
             return {}
         ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=timeout_seconds)
-        results = {}
+        results: dict[int, Result] = {}
         for reference in ready:
-            actor, task = self._busy.pop(reference)
+            actor, task = self._busy[reference]
             try:
                 results[task.ticket] = self._ray.get(reference)
+                del self._busy[reference]
             except self._ray.exceptions.RayActorError:
-                failed = self._replace(actor, task)
-                if failed is not None:
-                    results[task.ticket] = failed
+                results |= self._replace(actor)
         self._dispatch()
         return results
 
@@ -203,24 +202,31 @@ class RayPool:
             self._busy[actor.answer.remote(task.job, task.content)] = (actor, task)
             load[actor] += 1
 
-    def _replace(self, dead: Any, task: _Task) -> Result | None:
+    def _replace(self, dead: Any) -> dict[int, Result]:
         """Put a new actor in place of a dead one and its jobs back in the queue; give up on a job after ATTEMPTS."""
-        if dead in self._actors and self._gpus and len(self._actors) > 1:
+        if self._gpus and len(self._actors) > 1:
             # Where its GPU went with it, a new one would wait for ever: the others share the work.
             self._actors.remove(dead)
-        elif dead in self._actors:
+        else:
             # It asks for no CPU: where a whole machine went, there may be none left for it, and it would never start.
             self._actors[self._actors.index(dead)] = self._actor_class.options(num_cpus=0).remote(*self._arguments)
-        # Whatever else the dead actor had was lost with it, but only the job it was working on counts an attempt.
-        others = [reference for reference, (actor, _) in self._busy.items() if actor is dead]
-        for reference in others:
-            self._queue.appendleft(self._busy.pop(reference)[1])
-        task.attempts += 1
-        if task.attempts < ATTEMPTS:
-            self._queue.appendleft(task)
-            return None
-        error = Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process died {ATTEMPTS} times on this cohort")
-        return Result([([i], error) for i in range(len(task.job.nodes))], {})
+        results: dict[int, Result] = {}
+        lost: list[_Task] = []
+        # In the order in which it had them: it was at work on the first that it did not finish.
+        for reference in [reference for reference, (actor, _) in self._busy.items() if actor is dead]:
+            _, task = self._busy.pop(reference)
+            try:
+                results[task.ticket] = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError:
+                lost.append(task)
+        if lost:
+            lost[0].attempts += 1
+            if lost[0].attempts == ATTEMPTS:
+                task = lost.pop(0)
+                error = Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process died {ATTEMPTS} times on this cohort")
+                results[task.ticket] = Result([([i], error) for i in range(len(task.job.nodes))], {})
+        self._queue.extendleft(reversed(lost))
+        return results
 
 
 def _share(gpus: float, workers: int) -> float:

@@ -100,7 +100,7 @@ def test_a_run_that_is_interrupted_while_it_starts_leaves_no_folder(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulations.run.measure", interrupted)
+    monkeypatch.setattr("simulations.run.decide", interrupted)
     config = smoke()
     with pytest.raises(KeyboardInterrupt):
         simulate(config)

@@ -161,6 +161,11 @@ def test_a_compiled_run_learns_what_the_plain_one_learns(smoke: Callable[..., Ru
     assert compiled == pytest.approx(plain, abs=1e-4)
 
 
+def test_images_standardised_like_a_table_are_refused(smoke: Callable[..., RunConfig]) -> None:
+    with pytest.raises(InputError, match=r"inputs of shape \(\d+, 1, 6, 5\) .* set standardise = 'none'"):
+        simulate(smoke(task="foreign_plugins:Images"))
+
+
 def test_bf16_reaches_the_clients(smoke: Callable[..., RunConfig]) -> None:
     plain = simulate(smoke()).metrics["loss"]
     halved = simulate(smoke(engine__precision="bf16")).metrics["loss"]
