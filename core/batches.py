@@ -29,6 +29,13 @@ class Batches:
         """Return the batches with rows and weights on the device."""
         return replace(self, rows=to_device(self.rows, device), weights=to_device(self.weights, device))
 
+    def cut(self, steps: np.ndarray) -> Batches:
+        """Return the batches of clients that take only their first `steps` (C,), at least one each."""
+        own = torch.minimum(self.steps, torch.from_numpy(np.asarray(steps)))
+        most = int(own.max())
+        taken = torch.arange(most)[:, None] < own[None]
+        return Batches(self.rows[:most], self.weights[:most] * taken[:, :, None], own)
+
 
 Shuffled = Callable[[np.ndarray, int], np.ndarray]
 """(positions of clients that have this size, size) -> their permutations, an epoch each: (clients, epochs, size)."""

@@ -12,87 +12,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from core.errors import InputError, unknown
+from core.sections import (
+    Attack,
+    Baseline,
+    Compression,
+    Devices,
+    EarlyStopping,
+    Engine,
+    Faults,
+    Partition,
+    Sampling,
+    Section,
+    hyphens,
+)
 
 Scalar = bool | int | float | str
 # Flower's run configuration must list every key with a value; this one stands for "whatever the strategy says".
 DEFAULT = "default"
 
 
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", alias_generator=_hyphens, populate_by_name=True, frozen=True, allow_inf_nan=False
-    )
-
-
-class Partition(_Section):
-    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature", "mixed"] = Field(
-        "natural", description="How examples are dealt to clients; `fedra list` explains each kind."
-    )
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: 0.1 is very uneven, 100 is nearly iid.")
-    shards: int = Field(2, ge=1, description="Label shards per client for kind=shards: 2 gives about two labels each.")
-    strictness: float = Field(
-        0.8, ge=0, le=1, description="For kind=feature: 0 is iid, 1 sorts the clients by the feature."
-    )
-    min_examples: int = Field(10, ge=1, description="Every client gets at least this many examples.")
-
-
-class Engine(_Section):
-    workers: Literal["auto"] | int = Field("auto", description="Ray worker processes; 0 runs in this process.")
-    cohort_size: Literal["auto"] | int = Field(
-        "auto",
-        description="Clients trained together: auto measures and records its choice; 1 is a plain loop.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where clients train: auto is a GPU where there is one, and the choice is recorded."
-    )
-    gpus_per_worker: Literal["auto"] | float = Field(
-        "auto", description="Share of a GPU for each Ray worker (0.5: two a GPU); auto divides the GPUs among them."
-    )
-    precision: Literal["float32", "bf16"] = Field(
-        "float32", description="Of the forward pass: bf16 is torch's autocast; weights stay float32."
-    )
-    compile: bool = Field(
-        False,
-        description="Whether torch.compile makes a cohort's gradient; not under a penalty (fedprox) or one by one.",
-    )
-    address: str = Field("", description="An existing Ray cluster to join: auto or HOST:PORT; empty starts one here.")
-
-    @field_validator("gpus_per_worker")
-    @classmethod
-    def _share(cls, value: str | float) -> str | float:
-        if not isinstance(value, str) and not (0 < value <= 1 or value == int(value) > 0):
-            raise ValueError("must be 'auto', a share above 0 and up to 1, or a whole number")
-        return value
-
-    @field_validator("workers", "cohort_size")
-    @classmethod
-    def _not_negative(cls, value: str | int, info: Any) -> str | int:
-        least = 0 if info.field_name == "workers" else 1
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"must be 'auto' or a whole number from {least}")
-        return value
-
-
-class EarlyStopping(_Section):
-    metric: str = Field("", description="Validation metric to watch (loss, auroc, ...); empty watches nothing.")
-    patience: int = Field(5, ge=1, description="Evaluations without improvement before the run stops.")
-
-
-class Baseline(_Section):
-    optimizer: str = Field("", description="Optimiser of the baselines; empty is the clients' own.")
-    learning_rate: float = Field(0.0, ge=0, description="Learning rate of the baselines; 0 is the clients' own.")
-    epochs: int = Field(0, ge=0, description="Epochs of the baselines; 0 is as many as the federated clients see.")
-    alone_epochs: int = Field(0, ge=0, description="Epochs of each client alone; 0 is as many as baseline.epochs.")
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A complete description of a run. `RunConfig.of({...})` reads flat dotted keys and raises `InputError`."""
 
     preset: str = Field("custom", description="Name that the run folder carries.")
@@ -140,6 +82,20 @@ class RunConfig(_Section):
     )
     baselines: bool = Field(False, description="Also train on pooled data and on each client alone.")
     baseline: Baseline = Baseline()
+    sampling: Sampling = Sampling()
+    devices: Devices = Devices()
+    faults: Faults = Faults()
+    attack: Attack = Attack()
+    compression: Compression = Compression()
+    processors: str = Field(
+        "", description="Update processors after our own, in this order: entry points or module:attr, with commas."
+    )
+    fine_tune_epochs: int = Field(
+        0, ge=0, description="Epochs on its own examples that a client trains the model before it evaluates it."
+    )
+    server_examples: int = Field(
+        0, ge=0, description="Examples that the server holds itself, kept from all clients (fltrust, feddf)."
+    )
     engine: Engine = Engine()
     out: str = Field("runs", description="Folder in which run folders are made.")
 
@@ -200,10 +156,10 @@ def keys() -> dict[str, str]:
     out: dict[str, str] = {}
     for name, field in RunConfig.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, _Section):
-            out |= {f"{_hyphens(name)}.{_hyphens(n)}": f.description or "" for n, f in kind.model_fields.items()}
+        if isinstance(kind, type) and issubclass(kind, Section):
+            out |= {f"{hyphens(name)}.{hyphens(n)}": f.description or "" for n, f in kind.model_fields.items()}
         elif name != "strategy_options":
-            out[_hyphens(name)] = field.description or ""
+            out[hyphens(name)] = field.description or ""
     return out
 
 

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from core.records import Tensors, travelling
-from core.steps import Penalty, advancing
+from core.steps import Terms, advancing
 
 if TYPE_CHECKING:
     from core.training import LocalRound
 
 
-def one_by_one(r: LocalRound, penalty: Penalty | None) -> tuple[Tensors, Tensor]:
-    """Return every client's trained tensors (C, ...) by name and its mean training loss (C,)."""
+def one_by_one(r: LocalRound, terms: Terms, start: Tensors | None = None) -> tuple[Tensors, Tensor]:
+    """Return every client's trained tensors (C, ...) by name and its mean training loss (C,).
+
+    Hooks that see the cohort's own tensors take one client: `train_each` sees to that.
+    """
+    if terms.objective:
+        return _by_objective(r, terms, start)
     layout = torch.channels_last if takes_channels_last(r.model, r.x.shape[1:]) else torch.contiguous_format
     model = _twin(r.model, layout).train()
     tensors = travelling(model)
@@ -26,13 +31,14 @@ def one_by_one(r: LocalRound, penalty: Penalty | None) -> tuple[Tensors, Tensor]
     cohort = len(r.batches.steps)
     finished = {name: tensor.new_empty(cohort, *tensor.shape) for name, tensor in tensors.items()}
     losses = r.batches.weights.new_empty(cohort)
-    own: list[Tensor] = list(params.values())
+    moving = {name: p for name, p in params.items() if terms.only is None or name in terms.only}
+    own: list[Tensor] = list(moving.values())
     for client, steps in enumerate(r.batches.steps.tolist()):
         with torch.no_grad():
             for buffer, untouched in zip(model.buffers(), r.model.buffers(), strict=True):
                 buffer.copy_(untouched)
             for name, tensor in tensors.items():
-                tensor.copy_(r.global_params[name])
+                tensor.copy_(start[name][client] if start and name in start else r.global_params[name])
         advance = advancing(own, r.optimizer)
         total = seen = 0.0
         for s in range(steps):
@@ -40,11 +46,7 @@ def one_by_one(r: LocalRound, penalty: Penalty | None) -> tuple[Tensors, Tensor]
             rows, weight = r.batches.rows[s, client][real], r.batches.weights[s, client][real]
             with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
                 loss = _weighted_mean(r.loss(model(r.x[rows].contiguous(memory_format=layout)), r.y[rows]), weight)
-            gradients = torch.autograd.grad(loss + penalty(params) if penalty else loss, own, allow_unused=True)
-            for p, gradient in zip(own, gradients, strict=True):
-                p.grad = gradient
-            if r.gradient_clip:
-                nn.utils.clip_grad_norm_(own, r.gradient_clip)
+            _backward(loss + terms.penalty(params) if terms.penalty else loss, moving, terms, r.gradient_clip)
             advance()
             total += float(loss.detach()) * float(weight.sum())
             seen += float(weight.sum())
@@ -52,6 +54,50 @@ def one_by_one(r: LocalRound, penalty: Penalty | None) -> tuple[Tensors, Tensor]
             finished[name][client] = tensor
         losses[client] = total / max(seen, 1e-12)
     return finished, losses
+
+
+def _backward(loss: Tensor, moving: Tensors, terms: Terms, gradient_clip: float) -> None:
+    """Put the gradient of loss and terms into `.grad` of the tensors that move."""
+    own = list(moving.values())
+    gradients = torch.autograd.grad(loss, own, allow_unused=True)
+    for p, gradient in zip(own, gradients, strict=True):
+        p.grad = gradient
+    if terms.correction:
+        with torch.no_grad():
+            more = terms.correction({name: p.unsqueeze(0) for name, p in moving.items()})
+            for name in more.keys() & moving.keys():
+                p, extra = moving[name], more[name].view_as(moving[name])
+                p.grad = extra if p.grad is None else p.grad + extra
+    if gradient_clip:
+        nn.utils.clip_grad_norm_(own, gradient_clip)
+
+
+def _by_objective(r: LocalRound, terms: Terms, start: Tensors | None) -> tuple[Tensors, Tensor]:
+    """Return what `one_by_one` does of one client under an objective, which calls the model itself."""
+    assert terms.objective
+    [steps] = r.batches.steps.tolist()
+    trainable = {name for name, p in r.model.named_parameters() if p.requires_grad}
+    statistics = {name: tensor for name, tensor in travelling(r.model).items() if name not in trainable}
+    begin = start or {name: p.unsqueeze(0) for name, p in r.global_params.items()}
+    with torch.no_grad():
+        for name, tensor in statistics.items():
+            tensor.copy_(begin[name][0] if name in begin else r.global_params[name])
+    params = {name: p[0].clone().requires_grad_() for name, p in begin.items() if name not in statistics}
+    moving = {name: p for name, p in params.items() if terms.only is None or name in terms.only}
+    advance = advancing(list(moving.values()), r.optimizer)
+    beside = {name: tensor[0] for name, tensor in terms.beside.items()}
+    r.model.train()
+    total = seen = 0.0
+    for s in range(steps):
+        real = r.batches.weights[s, 0] > 0
+        rows, weight = r.batches.rows[s, 0][real], r.batches.weights[s, 0][real]
+        loss = _weighted_mean(terms.objective(params, beside, r.x[rows], r.y[rows]), weight)
+        _backward(loss + terms.penalty(params) if terms.penalty else loss, moving, terms, r.gradient_clip)
+        advance()
+        total += float(loss.detach()) * float(weight.sum())
+        seen += float(weight.sum())
+    done = {name: tensor.detach().clone().unsqueeze(0) for name, tensor in {**params, **statistics}.items()}
+    return done, r.batches.weights.new_tensor([total / max(seen, 1e-12)])
 
 
 @functools.lru_cache(maxsize=2)

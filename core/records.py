@@ -20,9 +20,16 @@ CLIENTS = "clients"
 NUM_EXAMPLES = "num-examples"
 SERVER_ROUND = "server-round"
 CLIENT = "client"
+WEIGHT = "weight"
 TRAIN_LOSS = "train-loss"
 TRAIN_SECONDS = "train-seconds"
 PARTIAL_MEAN = "partial-mean"
+DEADLINE = "deadline-seconds"
+VIRTUAL_SECONDS = "virtual-seconds"
+UPLINK_BYTES = "uplink-bytes"
+ENCODED = "encoded"
+# Code of an error that is no fault: the client could not be reached, or was too late.
+LOST = 1000
 SPLIT = "split"
 THRESHOLD = "threshold"
 SCORE_COUNTS = "score-counts"
@@ -35,7 +42,7 @@ INPUT_SUM, INPUT_SQUARES, INPUT_COUNT = "input-sum", "input-squares", "input-cou
 QUERY_STATISTICS = "query.statistics"
 
 # Numbers of a reply that add up where replies are merged; every other metric is a mean.
-SUMMED = (NUM_EXAMPLES, SCORE_COUNTS)
+SUMMED = (NUM_EXAMPLES, WEIGHT, SCORE_COUNTS)
 
 NPY_MAGIC = b"\x93NUMPY"
 Tensors = dict[str, Tensor]
@@ -97,6 +104,26 @@ def load_into(model: nn.Module, tensors: Tensors) -> nn.Module:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     return model
+
+
+def refusal(content: RecordDict, sent: Mapping[str, Array]) -> str:
+    """Return why a client's answer must not enter a model, empty where it may.
+
+    `sent` are the arrays that went out: an answer has numbers that are finite, in the shapes of the same names. What
+    travels beside the model as `kind/name` has the shape of `name`, where there is such a one.
+    """
+    for record in content.array_records.values():
+        for name, array in record.items():
+            like = sent.get(name) or sent.get(name.partition("/")[2])
+            if like is None and "/" not in name:
+                return f"it sent '{name}', which the model does not have"
+            if like is not None and tuple(array.shape) != tuple(like.shape):
+                return f"it sent '{name}' of shape {tuple(array.shape)} in place of {tuple(like.shape)}"
+            values = to_numpy(array)
+            # A sum is not finite where one of its terms is not: faster than to look at each.
+            if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
+                return f"it sent '{name}' with numbers that are not finite"
+    return ""
 
 
 def config_of(content: RecordDict) -> dict[str, Any]:
@@ -165,7 +192,7 @@ class MergedReply:
 
     def _fold(self, content: RecordDict) -> None:
         metrics = metrics_of(content)
-        weight = float(metrics[NUM_EXAMPLES])
+        weight = float(metrics.get(WEIGHT, metrics[NUM_EXAMPLES]))
         for name, record in content.array_records.items():
             self._arrays.setdefault(name, WeightedMean()).add(
                 {k: to_numpy(array) for k, array in record.items()}, weight

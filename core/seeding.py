@@ -41,6 +41,12 @@ def permutations(
     return keys.reshape(len(own), times, size).argsort(axis=2)
 
 
+def uniforms(seed: int, *path: int | str, clients: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return a number in [0, 1) for each client, (clients,) float64, that belongs to (seed, path, client) alone."""
+    own = _split_mix(np.uint64(derive(seed, *path)), np.asarray(clients, dtype=np.uint64))
+    return (own >> np.uint64(11)) / 2.0**53
+
+
 def _split_mix(start: np.ndarray | np.uint64, places: np.ndarray) -> np.ndarray:
     """Return the numbers at these places (from 0) of SplitMix64's stream from `start`, uint64."""
     z = start + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

@@ -7,7 +7,8 @@ client (or to 0 for one that has finished), moves the cohort's weights, and retu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from core.training import LocalRound
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+Correction = Callable[[Tensors], Mapping[str, Tensor]]
+Objective = Callable[[Tensors, Tensors, Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,24 +32,49 @@ Gradients = Callable[[Tensors, Tensor, Tensor, Tensor], tuple[Tensors, Tensor]]
 """(weights, x, y, example weights) -> (gradients, each client's loss)."""
 
 
-def make_step(r: LocalRound, params: Tensors, penalty: Penalty | None) -> Step:
-    """Return the fastest step that moves `params` (C, ...), in place, by the round's optimiser on loss + penalty."""
+@dataclass(frozen=True)
+class Terms:
+    """What a strategy's client half adds to plain local training. C clients, B examples in a batch."""
+
+    penalty: Penalty | None = None
+    """One client's weights -> a scalar that is added to its loss; the kernel maps it over the cohort."""
+    correction: Correction | None = None
+    """The cohort's weights (C, ...) by name -> new tensors of these shapes, which are added to the gradient.
+
+    The same as a penalty with that gradient, without the time that autograd takes for it.
+    """
+    objective: Objective | None = None
+    """One client's (weights, `beside`, x (B, ...), y (B,)) -> each example's loss (B,), instead of the model's own."""
+    beside: Tensors = field(default_factory=dict)
+    """What the objective needs of each client beside its weights, (C, ...) by name; it stays as it is."""
+    only: Collection[str] | None = None
+    """Names of the tensors that move; all by default."""
+
+
+def make_step(r: LocalRound, params: Tensors, terms: Terms) -> Step:
+    """Return the fastest step that moves `params` (C, ...), in place, by the round's optimiser on loss and terms."""
     rate = plain_rate(r.optimizer)
+    other = terms.penalty or terms.objective or terms.only is not None
     # Autocast and torch.compile take autograd's own operations, not one that moves weights.
-    if rate is not None and not (penalty or r.gradient_clip or r.bf16 or r.compiled):
-        descent = _descent(r.model, r.loss, params, rate)
+    if rate is not None and not (other or r.gradient_clip or r.bf16 or r.compiled):
+        descent = _descent(r.model, r.loss, params, rate, terms.correction)
         if descent is not None:
             return descent
-    # What is compiled is kept between rounds; a penalty is a new function in each.
-    gradients = _compiled(r.model, r.loss) if r.compiled and not penalty else _gradients(r.model, r.loss, penalty)
-    advance = advancing(list(params.values()), r.optimizer)
+    # What is compiled is kept between rounds; a penalty or an objective is a new function in each.
+    compiled = r.compiled and not (terms.penalty or terms.objective)
+    gradients = _compiled(r.model, r.loss) if compiled else _gradients(r.model, r.loss, terms)
+    moving = {name: p for name, p in params.items() if terms.only is None or name in terms.only}
+    advance = advancing(list(moving.values()), r.optimizer)
 
     def step(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=r.bf16):
             found, losses = gradients(params, x, y, weight)
+        if terms.correction:
+            more = terms.correction(params)
+            found = {name: found[name] + more[name] if name in more else found[name] for name in moving}
         if r.gradient_clip:
-            found = _clipped(found, r.gradient_clip)
-        for name, p in params.items():
+            found = _clipped({name: found[name] for name in moving}, r.gradient_clip)
+        for name, p in moving.items():
             p.grad = found[name]
         advance()
         return losses
@@ -80,7 +108,7 @@ def plain_rate(optimizer: MakeOptimizer) -> float | None:
     return None if optimizer.args or any(options.values()) else rate
 
 
-def _descent(model: nn.Module, loss: Loss, params: Tensors, rate: float) -> Step | None:
+def _descent(model: nn.Module, loss: Loss, params: Tensors, rate: float, correction: Correction | None) -> Step | None:
     """Return a step of plain SGD on plain layers; None where the model has others.
 
     The gradient of a matrix is added to it as it is computed: on 160,000 parameters a third of the time of a step is
@@ -92,6 +120,9 @@ def _descent(model: nn.Module, loss: Loss, params: Tensors, rate: float) -> Step
     own = {name: p.requires_grad_() for name, p in params.items()}
 
     def step(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            # Of the weights before the step, as the gradient is.
+            more = correction(own) if correction else {}
         losses = _losses(loss, forward(own, x), y, weight)
         losses.sum().backward()
         with torch.no_grad():
@@ -99,19 +130,28 @@ def _descent(model: nn.Module, loss: Loss, params: Tensors, rate: float) -> Step
                 if p.grad is not None:
                     p.sub_(p.grad, alpha=rate)
                     p.grad = None
+            if more:
+                torch._foreach_add_([own[name] for name in more], list(more.values()), alpha=-rate)
         return losses.detach()
 
     return step
 
 
-def _gradients(model: nn.Module, loss: Loss, penalty: Penalty | None = None) -> Gradients:
+def _gradients(model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
     """Return the function from weights and batches to every client's gradient."""
-    return _written_out(model, loss, penalty) or _mapped(model, loss, penalty)
+    if terms.objective:
+        return _of_objective(terms.objective, terms.beside, terms.penalty)
+    return _written_out(model, loss, terms.penalty) or _mapped(model, loss, terms.penalty)
+
+
+def cohort_gradients(r: LocalRound) -> Gradients:
+    """Return the function from weights (C, ...) and batches to the gradient of every client's own loss."""
+    return _gradients(r.model, r.loss, Terms())
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(model: nn.Module, loss: Loss) -> Gradients:
-    compiled: Gradients = torch.compile(_gradients(model, loss))
+    compiled: Gradients = torch.compile(_gradients(model, loss, Terms()))
     return compiled
 
 
@@ -148,6 +188,23 @@ def _mapped(model: nn.Module, loss: Loss, penalty: Penalty | None) -> Gradients:
         # Fused attention cannot be mapped: vmap would call it client by client.
         with sdpa_kernel(SDPBackend.MATH):
             found, (_, losses) = mapped(params, x, y, weight)
+        return found, losses
+
+    return gradients
+
+
+def _of_objective(objective: Objective, beside: Tensors, penalty: Penalty | None) -> Gradients:
+    """Return the gradients of an objective of one client, mapped over the cohort."""
+
+    def total(w: Tensors, own: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        loss = (objective(w, own, x, y) * weight).sum()
+        return (loss + penalty(w) if penalty else loss), loss.detach()
+
+    mapped = vmap(grad_and_value(total, has_aux=True), randomness="different")
+
+    def gradients(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):
+            found, (_, losses) = mapped(params, beside, x, y, weight)
         return found, losses
 
     return gradients

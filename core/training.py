@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from core.config import RunConfig
 from core.device import to_device
 from core.errors import unknown
 from core.one_by_one import one_by_one
-from core.records import Tensors, travelling
-from core.steps import Penalty, make_step
+from core.records import Tensors, load_into, travelling
+from core.steps import Correction, Objective, Penalty, Terms, cohort_gradients, make_step
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -67,6 +67,28 @@ class LocalRound:
     """Whether the forward pass runs under torch's autocast."""
     compiled: bool = False
     """Whether torch.compile makes the cohort's gradient."""
+    sizes: tuple[int, ...] = ()
+    """Each client's examples: x and y hold them client after client."""
+    seeds: tuple[int, ...] = ()
+    """Each client's own, for what is trained or drawn one client after the other."""
+    state: Mapping[str, Tensors] = field(default_factory=dict)
+    """What each client has kept: tensors (C, ...) by kind and name."""
+    sent: Mapping[str, Tensors] = field(default_factory=dict)
+    """What the strategy sent beside the model, one copy for all, by kind and name."""
+
+    def each(self) -> Iterator[LocalRound]:
+        """Yield the round of each client alone: a cohort of one."""
+        ends = np.cumsum(self.sizes)
+        for i, (end, size, seed) in enumerate(zip(ends.tolist(), self.sizes, self.seeds, strict=True)):
+            own, steps = slice(end - size, end), int(self.batches.steps[i])
+            batches = Batches(
+                self.batches.rows[:steps, i : i + 1] - own.start,
+                self.batches.weights[:steps, i : i + 1],
+                self.batches.steps[i : i + 1],
+            )
+            state = {kind: {name: t[i : i + 1] for name, t in kept.items()} for kind, kept in self.state.items()}
+            alone = {"sizes": (size,), "seeds": (seed,), "seed": seed, "state": state, "batches": batches}
+            yield replace(self, x=self.x[own], y=self.y[own], **alone)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,34 @@ class LocalUpdate:
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further numbers for the server, (C,) each."""
+    state: dict[str, Tensors] = field(default_factory=dict)
+    """What each client keeps for its next round: tensors (C, ...) by kind and name."""
+    beside: dict[str, Tensors] = field(default_factory=dict)
+    """What travels to the server beside the model: tensors (C, ...) by kind and name."""
+    weight: Tensor | None = None
+    """Each client's weight (C,) in the mean that the server takes; by default its number of examples."""
+
+    @staticmethod
+    def join(updates: list[LocalUpdate]) -> LocalUpdate:
+        """Return several cohorts' updates as one."""
+
+        def kinds(key: str) -> dict[str, Tensors]:
+            of_each = [getattr(update, key) for update in updates]
+            return {kind: _cat([kept[kind] for kept in of_each]) for kind in of_each[0]}
+
+        weights = [update.weight for update in updates if update.weight is not None]
+        return LocalUpdate(
+            _cat([update.params for update in updates]),
+            torch.cat([update.loss for update in updates]),
+            _cat([update.metrics for update in updates]),
+            kinds("state"),
+            kinds("beside"),
+            torch.cat(weights) if weights else None,
+        )
+
+
+def _cat(tensors: list[Tensors]) -> Tensors:
+    return {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}
 
 
 def assemble(
@@ -115,11 +165,30 @@ def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor
     return sum(((a[name] - b[name]) ** 2).sum() for name in a)  # type: ignore[return-value]
 
 
-def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
+def train_each(local_update: LocalUpdateFn, r: LocalRound) -> LocalUpdate:
+    """Return local_update(r); where the model cannot be mapped, client after client in cohorts of one."""
+    if r.vectorised or len(r.sizes) == 1:
+        return local_update(r)
+    return LocalUpdate.join([local_update(alone) for alone in r.each()])
+
+
+def local_sgd(
+    r: LocalRound,
+    penalty: Penalty | None = None,
+    *,
+    correction: Correction | None = None,
+    objective: Objective | None = None,
+    beside: Tensors | None = None,
+    only: Collection[str] | None = None,
+    start: Tensors | None = None,
+) -> LocalUpdate:
     """Return the cohort after its local steps on loss + penalty(own weights); a hook is written for one client.
 
-    `penalty` takes one client's trainable parameters and returns a scalar; the kernel maps it over the cohort.
+    `penalty` takes one client's trainable parameters and returns a scalar; the kernel maps it over the cohort. The
+    other hooks are those of `core.steps.Terms`. `start` (C, ...) by name is where clients begin, in place of the
+    global model; under an `objective` it may have names that the model does not.
     """
+    terms = Terms(penalty, correction, objective, beside or {}, only)
     generators = [torch.default_generator]
     if r.x.is_cuda:
         generators.append(torch.cuda.default_generators[r.x.device.index])
@@ -127,7 +196,7 @@ def local_sgd(r: LocalRound, penalty: Penalty | None = None) -> LocalUpdate:
     for generator in generators:
         generator.manual_seed(r.seed)
     try:
-        return _vectorised(r, penalty) if r.vectorised else LocalUpdate(*one_by_one(r, penalty))
+        return _vectorised(r, terms, start) if r.vectorised else LocalUpdate(*one_by_one(r, terms, start))
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
@@ -141,14 +210,41 @@ def global_loss(r: LocalRound) -> Tensor:
     return (losses[r.batches.rows] * weights).sum((0, 2)) / weights.sum((0, 2)).clamp_min(1e-12)
 
 
-def _vectorised(r: LocalRound, penalty: Penalty | None) -> LocalUpdate:
+def global_gradient(r: LocalRound) -> Tensors:
+    """Return the gradient of each client's mean loss at the global model, (C, ...) by name, over this round's batches.
+
+    Every example counts as often as it is drawn in the round: with whole epochs this is the full-batch gradient.
+    """
+    cohort, weights = len(r.batches.steps), r.batches.weights
+    model = load_into(r.model, dict(r.global_params)).eval()
+    params = everybody({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, cohort)
+    gradients = cohort_gradients(r)
+    whole = weights / weights.sum((0, 2)).clamp_min(1e-12).view(1, -1, 1)
+    total = {name: torch.zeros_like(p) for name, p in params.items()}
+    for rows, weight in zip(r.batches.rows, whole, strict=True):
+        found, _ = gradients(params, r.x[rows], r.y[rows], weight)
+        for name, gradient in found.items():
+            total[name] += gradient
+    return total
+
+
+def everybody(params: Mapping[str, Tensor], cohort: int) -> Tensors:
+    """Return one set of tensors for each of C clients, (C, ...), each with memory of its own."""
+    return {name: p.expand(cohort, *p.shape).clone() for name, p in params.items()}
+
+
+def _vectorised(r: LocalRound, terms: Terms, start: Tensors | None) -> LocalUpdate:
     cohort, batches = len(r.batches.steps), r.batches
-    names = [name for name, p in r.model.named_parameters() if p.requires_grad]
-    params = {name: r.global_params[name].expand(cohort, *r.global_params[name].shape).clone() for name in names}
+    if start is None:
+        trainable = [name for name, p in r.model.named_parameters() if p.requires_grad]
+        params = everybody({name: r.global_params[name] for name in trainable}, cohort)
+    else:
+        params = {name: p.clone() for name, p in start.items()}
+    names = list(params)
     alike = bool((batches.steps == len(batches.rows)).all())
     # Clients that all take the last step need no copies of earlier ones.
     final = params if alike else {name: torch.empty_like(p) for name, p in params.items()}
-    step = make_step(r, params, penalty)
+    step = make_step(r, params, terms)
     counts = batches.weights.sum(2)
     # A finished client's batch has no weight at all: 0 / tiny is 0, where 0 / 0 would poison the cohort.
     shares = batches.weights / counts.clamp_min(1e-12).unsqueeze(2)

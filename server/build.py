@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
+from core import adversary, devices
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError, unknown
+from core.processors import processors_of
 from core.training import make_optimizer
 from strategies import options_of, parameters_of, strategy_class
 from tasks import load
@@ -30,6 +33,14 @@ def check(config: RunConfig) -> Federation:
     if metric and metric not in task.metrics:
         raise unknown("early-stopping.metric", metric, task.metrics)
     federation = federation_of(config)
+    devices.check(config)
+    adversary.check(config, len(task.labels))
+    processors_of(config)
+    if config.server_examples and federation.server is None:
+        raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
+    needs = getattr(strategy_class(config.strategy), "needs_server_examples", False)
+    if needs and not config.server_examples:
+        raise InputError(f"{config.strategy} trains on examples of the server's own; set server-examples=100 or so.")
     if len(federation) != config.clients:
         raise InputError(
             f"clients={config.clients}, but the data are for {len(federation)}; set clients={len(federation)}."
@@ -56,7 +67,7 @@ def build_strategy(config: RunConfig) -> Strategy:
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         if numeric and (isinstance(value, str | bool) or value < 0):
             raise InputError(f"strategy-options.{key}={value!r} is not a number from 0; its default is {default}.")
-    sampled = config.count(config.sampled)
+    sampled = asked(config)
     chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
     chosen |= config.strategy_options
     # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy.
@@ -78,6 +89,11 @@ def build_strategy(config: RunConfig) -> Strategy:
         ) from None
     _check_enough(strategy, config, sampled)
     return strategy
+
+
+def asked(config: RunConfig) -> int:
+    """Return how many clients a round asks: those it wants, times `sampling.over-selection`."""
+    return min(config.clients, math.ceil(config.count(config.sampled) * config.sampling.over_selection))
 
 
 def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:

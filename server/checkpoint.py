@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from core import tree
 from core.errors import InputError
+from core.server_side import ServerSide
 
 
 @dataclass
@@ -102,12 +103,13 @@ def load(folder: Path) -> Checkpoint | None:
 def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], list[str]]:
     """Return what the strategy has to remember, and the names of attributes that cannot be saved.
 
-    A strategy with `state_dict()` says so itself. Else it is every attribute but functions, which are rebuilt from
-    the configuration.
+    A strategy with `state_dict()` says so itself. Else it is every attribute but functions and the server's side of
+    the run, which are rebuilt from the configuration.
     """
     if hasattr(strategy, "state_dict"):
         return {"state_dict": strategy.state_dict()}, []
-    attributes = {name: value for name, value in vars(strategy).items() if not callable(value)}
+    rebuilt = (Callable, ServerSide)
+    attributes = {name: value for name, value in vars(strategy).items() if not isinstance(value, rebuilt)}
     saved = {name: value for name, value in attributes.items() if tree.packable(value)}
     return saved, sorted(attributes.keys() - saved.keys())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from core.data import Split
 from core.metrics import best_threshold, score, spread, weighted_means
 from core.records import Columns
 from core.seeding import rng
+from server.malice import backdoor_success
 from server.observe import ObservedGrid
 from tasks import standardise
 from tasks.base import Task, build_model, predict
@@ -35,6 +36,8 @@ class Evaluation:
     validation: dict[str, float]
     """On the clients' validation splits, weighted by examples; nan where there are none."""
     threshold: float
+    attack_success: float | None
+    """Share of triggered test examples that the model gives the backdoor's label; None without a backdoor."""
     each: Columns
     """Test metrics of every client that evaluated, in the order of the clients, beside their numbers (`client`)."""
 
@@ -93,8 +96,11 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
 class Evaluator:
     """Evaluates models of one run; which clients evaluate is drawn once, so that rounds can be compared."""
 
-    def __init__(self, grid: Grid, config: RunConfig, task: Task, central: Split, about: Description) -> None:
-        self._grid, self._task = grid, task
+    def __init__(self, grid: Grid, config: RunConfig, task: Task, central: Split, about: Description,
+        for_evaluation: Callable[[ArrayRecord], ArrayRecord] | None = None,
+    ) -> None:  # fmt: skip
+        self._grid, self._task, self._config = grid, task, config
+        self._for_evaluation = for_evaluation or (lambda arrays: arrays)
         self._model = build_model(task, config.seed)
         self._constants = about.config()
         x = standardise.apply(central.x, about.constants) if about.constants else central.x
@@ -107,22 +113,24 @@ class Evaluator:
 
     def __call__(self, server_round: int, arrays: ArrayRecord, timeout: float) -> Evaluation:
         """Return the evaluation of `arrays`; the threshold comes from validation splits, never from test data."""
+        sent = self._for_evaluation(arrays)
         threshold, validation = 0.5, dict.fromkeys(self._task.metrics, float("nan"))
         if self._has_validation:
-            answers = self._ask(server_round, arrays, "validation", threshold, timeout)
+            answers = self._ask(server_round, sent, "validation", threshold, timeout)
             if self._task.tuned_threshold:
                 counts = [records.metrics_of(answer)[records.SCORE_COUNTS] for answer in answers]
                 threshold = best_threshold(np.sum(counts, axis=0).reshape(2, -1))
                 # Only what depends on the threshold changes, but F1 at 0.5 would be a misleading thing to track.
-                answers = self._ask(server_round, arrays, "validation", threshold, timeout)
+                answers = self._ask(server_round, sent, "validation", threshold, timeout)
             columns = _columns(answers)
             validation = weighted_means(self._metrics(columns), columns[records.NUM_EXAMPLES])
-        columns = _columns(self._ask(server_round, arrays, "test", threshold, timeout))
+        columns = _columns(self._ask(server_round, sent, "test", threshold, timeout))
         each = {records.CLIENT: columns[records.CLIENT], **{name: columns[name] for name in self._task.metrics}}
         records.load_into(self._model, records.to_tensors(arrays))
         p = predict(self._model, torch.from_numpy(self._central.x))
         central = score(p, self._central.y, self._task.metrics, threshold)
-        return Evaluation(central, spread(self._metrics(columns)), validation, threshold, each)
+        success = backdoor_success(self._config, self._model, self._central, threshold)
+        return Evaluation(central, spread(self._metrics(columns)), validation, threshold, success, each)
 
     def _metrics(self, columns: Columns) -> dict[str, np.ndarray]:
         return {name: np.array(columns[name]) for name in self._task.metrics}

@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from core import records
+from core.config import RunConfig
+from server.intake import REJECTED, take_in
 
 COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
 
@@ -27,6 +29,12 @@ class Observed:
     running: records.WeightedMean = field(default_factory=records.WeightedMean)
     """Of the normalisation statistics of the models that came back."""
     sampled: int = 0
+    lost: int = 0
+    """Answers that did not come because the client was out of reach or late, as configured."""
+    rejected: int = 0
+    """Answers that would have poisoned the model."""
+    virtual_seconds: float = 0.0
+    """Until the last answer that counts, by the clients' virtual clocks."""
     downlink_bytes: int = 0
     """Bytes of arrays to the clients and, below, back: as if every client had its own connection."""
     uplink_bytes: int = 0
@@ -41,8 +49,13 @@ class ObservedGrid(Grid):
         self._client_of: Callable[[int], int] | None = getattr(grid, "client_of", None)
         self.running: Collection[str] = ()
         """Names of arrays that are normalisation statistics: their plain mean is observed."""
+        self.config: RunConfig | None = None
+        """Of the run, once there is one: how updates are encoded, and when a round ends."""
+        self.before_training: Callable[[list[Message]], None] | None = None
+        """Hears of a round's messages before they are sent."""
         self._observed = Observed()
         self._payload: tuple[RecordDict | None, int] = (None, 0)
+        self._trained_on: dict[int, RecordDict] = {}
 
     def order_by(self, clients: Mapping[int, int]) -> None:
         """Learn the clients' numbers by node id: Flower's ids are random, and sampling must not depend on them."""
@@ -103,36 +116,51 @@ class ObservedGrid(Grid):
 
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
         messages = list(messages)
+        training = [message for message in messages if message.metadata.message_type == "train"]
+        if training:
+            self._trained_on = {message.metadata.dst_node_id: message.content for message in training}
+            if self.before_training:
+                self.before_training(training)
         self._payload = (None, 0)
         for message in messages:
             if self._payload[0] is not message.content:
                 self._payload = (message.content, records.array_bytes(message.content))
             self._observed.downlink_bytes += self._payload[1]
-        self._observed.sampled += sum(message.metadata.message_type == "train" for message in messages)
+        self._observed.sampled += len(training)
         return messages
 
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         replies = list(replies)
         for reply in replies:
+            if reply.has_content() and reply.metadata.message_type == "train":
+                content = self._trained_on[reply.metadata.src_node_id]
+                sent = next(iter(content.array_records.values()), ArrayRecord())
+                take_in(reply, sent, self.config, records.server_round(content) or 0)
             if reply.has_error():
                 client = self._place(reply.metadata.src_node_id)
                 self._observed.failures.append({"client": client, "reason": str(reply.error.reason)})
+                self._observed.lost += reply.error.code == records.LOST
+                self._observed.rejected += str(reply.error.reason).startswith(REJECTED)
                 continue
             content = reply.content
             rows: dict[str, Any] = dict(content.config_records.get(records.CLIENTS, ConfigRecord()))
             covered = rows.get(records.CLIENT, [self._place(reply.metadata.src_node_id)])
-            self._observed.uplink_bytes += records.array_bytes(content) * len(covered)
+            each = rows.get(records.UPLINK_BYTES) or [records.array_bytes(content)] * len(covered)
+            self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
         return replies
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)
+        slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
+        self._observed.virtual_seconds = max(self._observed.virtual_seconds, slowest)
         self._observed.clients["client"].extend(covered)
         for key in COLUMNS:
             values = rows.get(key, [metrics.get(key, float("nan"))] * len(covered))
             self._observed.clients[key.replace("-", "_")].extend(values)
         if self.running:
             [arrays] = content.array_records.values()
-            means = {name: records.to_numpy(arrays[name]) for name in self.running}
+            # A personal layer's statistics stay where they are.
+            means = {name: records.to_numpy(arrays[name]) for name in self.running if name in arrays}
             self._observed.running.add(means, float(metrics[records.NUM_EXAMPLES]))

@@ -15,16 +15,21 @@ from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
+from core.data import Split
+from core.devices import devices_of
 from core.metrics import HIGHER_IS_BETTER
 from core.seeding import seed_globals
+from core.server_side import ServerSide
 from reports.page import write_report
 from server import checkpoint as checkpoints
 from server.build import build_strategy
 from server.evaluate import Description, Evaluation, Evaluator, describe
+from server.malice import Malice
 from server.observe import Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
-from strategies import makes_partial_means
-from tasks import load
+from server.virtual import VirtualClock
+from strategies import is_personal, makes_partial_means
+from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
 
@@ -44,6 +49,7 @@ class Session:
         self.strategy: Strategy = build_strategy(config)
         self.model = build_model(self.task, config.seed)
         self.arrays = records.to_arrays(records.travelling(self.model))
+        self.grid.config = config
         self.grid.running = self.arrays.keys() - dict(self.model.named_parameters()).keys()
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] = {}
@@ -52,8 +58,12 @@ class Session:
         self.done = 0
         self.steady = {"clients": 0, "seconds": 0.0}
         self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
+        self.answers = {"lost": 0, "rejected": 0}
+        self.virtual: VirtualClock | None = None
+        self.virtual_before: float | None = None
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
+        self.malice = Malice(config)
         self.checkpoints = checkpoints.Writer(folder.checkpoints)
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
         self.saved = folder.last_checkpoint()
@@ -107,6 +117,10 @@ class Session:
             "privacy": {"level": "none", "epsilon": None, "delta": None, "accountant": None},
             "secure_aggregation": None,
             "traffic": self.traffic,
+            "virtual_seconds": self.virtual.seconds if self.virtual else self.virtual_before,
+            "answers": self.answers,
+            "personal": is_personal(self.config),
+            "attack": self.malice.summary(kept.get("attack_success")),
             "versions": versions(),
             "status": status,
             "stopped_by": self.stopped_by or None,
@@ -139,8 +153,28 @@ class Session:
         if about.constants:
             self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
-        self.evaluate = Evaluator(self.grid, self.config, self.task, central, about)
+        server = ServerSide(
+            config=self.config,
+            fresh_model=lambda seed: build_model(self.task, seed),
+            initial=records.travelling(build_model(self.task, self.config.seed)),
+            loss=self.task.loss,
+            data=self._own_examples(about),
+            devices=devices_of(self.config),
+            sizes=np.array([sizes[0] for sizes in about.sizes]),
+            client_of=about.order.__getitem__,
+        )
+        self.virtual = VirtualClock(self.config, server, self.virtual_before)
+        self.grid.before_training = self.virtual.set_deadline
+        if hasattr(self.strategy, "set_up"):
+            self.strategy.set_up(server)
+        for_evaluation = getattr(self.strategy, "for_evaluation", None)
+        self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
         return about
+
+    def _own_examples(self, about: Description) -> Split | None:
+        """Return the server's own examples, standardised as the central test set is."""
+        own = federation_of(self.config).server
+        return Split(standardise.apply(own.x, about.constants), own.y) if own and about.constants else own
 
     def _end_of_round(self, counted: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate, record and checkpoint: Flower calls this before its first round and after each."""
@@ -165,7 +199,12 @@ class Session:
             "train_loss": _mean_loss(observed),
             # False where the strategy made no new model, as Bulyan does when too few clients answered.
             "aggregated": arrays is not self.arrays,
+            "lost": observed.lost,
+            "rejected": observed.rejected,
         }
+        if (virtual := self._advance(observed)) is not None:
+            row |= {"virtual_round_seconds": virtual, "virtual_seconds": self.virtual and self.virtual.seconds}
+        row |= self.malice.observe(observed.clients["client"], getattr(self.strategy, "influence", None))
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
@@ -205,6 +244,7 @@ class Session:
             self.steady = {"clients": 0, "seconds": 0.0}
         self.steady = {"clients": self.steady["clients"] + clients, "seconds": self.steady["seconds"] + seconds}
         self.traffic = {key: total + row[key] for key, total in self.traffic.items()}
+        self.answers = {key: total + row[key] for key, total in self.answers.items()}
         if evaluation is None:
             return
         self.last = {"round": number, **{key: value for key, value in vars(evaluation).items() if key != "each"}}
@@ -227,9 +267,18 @@ class Session:
             self.stopped_by = f"no better {stopping.metric} for {since} evaluations"
         return bool(self.stopped_by)
 
+    def _advance(self, observed: Observed) -> float | None:
+        """Let virtual time pass; a strategy that works without rounds keeps time itself."""
+        assert self.virtual is not None
+        if self.virtual.seconds is None or not hasattr(self.strategy, "virtual_seconds"):
+            return self.virtual.advance(observed)
+        took, self.virtual.seconds = self.strategy.virtual_seconds - self.virtual.seconds, self.strategy.virtual_seconds
+        return float(took)
+
     def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
         """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
-        if observed.sampled and not observed.clients["client"]:
+        # That everybody was out of reach is what the configured faults may do, and not the end of the run.
+        if len(observed.failures) > observed.lost and not observed.clients["client"]:
             reason = observed.failures[0]["reason"] if observed.failures else "none answered in timeout-seconds"
             raise RuntimeError(f"all {observed.sampled} clients of round {number} failed; the first: {reason}")
         if set(arrays) != set(self.arrays):
@@ -246,6 +295,9 @@ class Session:
             "steady": self.steady,
             "seconds": self.clock.seconds,
             "traffic": self.traffic,
+            "answers": self.answers,
+            "virtual_seconds": self.virtual.seconds if self.virtual else None,
+            "malice": self.malice.totals,
         }
         states = self.grid.client_states
         self.checkpoints.save(checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress))
@@ -257,6 +309,8 @@ class Session:
         self.best, self.last = progress["best"], progress["last"]
         self.steady, self.traffic = progress["steady"], progress["traffic"]
         self.clock = Clock(progress["seconds"])
+        self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
+        self.malice.totals = progress["malice"]
         self.grid.client_states.update(saved.client_states)
 
 

@@ -3,6 +3,8 @@
 A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 
 - a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;
+- a static `initial_state(params) -> {kind: tensors}`: what a client keeps between rounds, as it begins;
+- a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
 - `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
   A strategy that says nothing gets every update.
 """
@@ -10,6 +12,7 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flwr.serverapp.strategy import Strategy
@@ -18,7 +21,8 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.plugins import installed
 from core.plugins import load as load_plugin
-from core.training import LocalUpdateFn, local_sgd
+from core.records import Tensors
+from core.training import LocalRound, LocalUpdateFn, local_sgd
 
 _FLOWER = "flwr.serverapp.strategy:"
 
@@ -109,6 +113,27 @@ def makes_partial_means(config: RunConfig) -> bool:
     return entry.partial_means if entry else bool(getattr(strategy_class(config.strategy), "partial_means", False))
 
 
-def local_update(config: RunConfig) -> LocalUpdateFn:
+def is_personal(config: RunConfig) -> bool:
+    """Return whether clients evaluate a model of their own."""
+    return bool(config.fine_tune_epochs) or hasattr(strategy_class(config.strategy), "personal_model")
+
+
+@dataclass(frozen=True)
+class ClientHalf:
+    """What a strategy's clients do, each a static method of its class."""
+
+    local_update: LocalUpdateFn
+    initial_state: Callable[[Tensors], dict[str, Tensors]]
+    """(global model) -> what a client without a past keeps, by kind and name."""
+    personal_model: Callable[[LocalRound], Tensors] | None
+    """The cohort's own models (C, ...) by name, which its clients evaluate; None where that is the global model."""
+
+
+def client_half(config: RunConfig) -> ClientHalf:
     """Return the client half of the configured strategy."""
-    return getattr(strategy_class(config.strategy), "local_update", local_sgd)
+    cls = strategy_class(config.strategy)
+    return ClientHalf(
+        getattr(cls, "local_update", local_sgd),
+        getattr(cls, "initial_state", lambda params: {}),
+        getattr(cls, "personal_model", None),
+    )

@@ -38,6 +38,8 @@ def federate(table: Table, config: RunConfig) -> Federation:
     """
     central = table.central if table.central is not None else _central_rows(table, config.seed)
     rest = np.flatnonzero(~central)
+    own = np.sort(rng(config.seed, "server").permutation(rest)[: config.server_examples])
+    rest = np.setdiff1d(rest, own)
     needed = config.clients * config.partition.min_examples
     if len(rest) < needed:
         raise InputError(
@@ -61,7 +63,7 @@ def federate(table: Table, config: RunConfig) -> Federation:
     natural = config.partition.kind == "natural" and len(table.names) == config.clients
     return Federation(
         ragged("train"), ragged("validation"), ragged("test"), _take(table, np.flatnonzero(central)),
-        table.names if natural else (),
+        _take(table, own) if len(own) else None, table.names if natural else (),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from core.data import Federation
 from tasks import load
 
 # Settings that change what the federation's data are; two runs that agree on them share one federation.
-_DATA_KEYS = ("task", "dataset", "data-dir", "clients", "seed", "partition.")
+_DATA_KEYS = ("task", "dataset", "data-dir", "clients", "seed", "partition.", "server-examples")
 _federations: dict[str, Federation] = {}
 
 

@@ -22,7 +22,7 @@ from core.seeding import permutations
 from server.build import build_strategy, check
 from simulations.grid import RayGrid
 from simulations.run import engine, preset, simulate
-from strategies import local_update
+from strategies import client_half
 from tasks import load
 from tasks.base import build_model
 
@@ -140,7 +140,7 @@ def test_q_zero_is_the_unweighted_mean() -> None:
 
 def test_qfedavg_sends_the_loss_before_training() -> None:
     r = _round("mlp", epochs=1)
-    update = local_update(RunConfig.of({"strategy": "qfedavg"}))(r)
+    update = client_half(RunConfig.of({"strategy": "qfedavg"})).local_update(r)
     losses = r.loss(r.model(r.x), r.y).detach()
     assert update.metrics["global-loss"][0] == pytest.approx(float(losses[:7].mean()), abs=1e-6)
 

@@ -145,7 +145,7 @@ def test_an_address_where_nobody_listens_is_refused(smoke: Callable[..., RunConf
 
 
 def test_a_strategy_that_does_not_say_the_round_is_told_so(smoke: Callable[..., RunConfig]) -> None:
-    with pytest.raises(RuntimeError, match="sent no 'server-round'; put it into the config in configure_train"):
+    with pytest.raises(RuntimeError, match="sent no 'server-round'; put it into configure_train's config"):
         simulate(smoke(strategy="foreign_plugins:Silent"))
 
 
@@ -170,16 +170,16 @@ def test_a_worker_that_dies_is_replaced_and_its_cohort_runs_again(
 def test_a_client_without_usable_data_fails_alone(
     smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import client.app
+    import client.train
 
-    real = client.app._inputs
+    real = client.train.inputs
 
     def broken(setting, split, clients, config):  # type: ignore[no-untyped-def]
         if split == "train" and 2 in clients:
             raise OSError("scanner offline")
         return real(setting, split, clients, config)
 
-    monkeypatch.setattr(client.app, "_inputs", broken)
+    monkeypatch.setattr(client.train, "inputs", broken)
     rows: list[dict] = []
     run = simulate(smoke(), on_round=rows.append)
     assert run.summary["status"] == "completed"
@@ -222,16 +222,16 @@ def test_a_timed_out_round_leaves_nothing_to_later_ones() -> None:
 
 
 def test_a_failed_evaluation_is_counted(smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    import client.app
+    import client.evaluate
 
-    real = client.app._inputs
+    real = client.evaluate.inputs
 
     def broken(setting, split, clients, config):  # type: ignore[no-untyped-def]
         if split == "test" and 2 in clients:
             raise OSError("scanner offline")
         return real(setting, split, clients, config)
 
-    monkeypatch.setattr(client.app, "_inputs", broken)
+    monkeypatch.setattr(client.evaluate, "inputs", broken)
     rows: list[dict] = []
     simulate(smoke(rounds=1), on_round=rows.append)
     assert rows[0]["failed"] == 0

@@ -1,0 +1,119 @@
+"""A cohort evaluates, and describes its data: counts and metrics leave a client, never a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, RecordDict
+from torch.func import functional_call
+
+from client import replies
+from client.replies import Reply
+from client.setting import Setting, client_of, epochs_of, inputs, open_setting, received
+from core import bundle, records
+from core.metrics import score_counts, score_each, weighted_means
+from core.records import Tensors
+from core.seeding import derive
+from core.training import LocalUpdate, assemble, learning_rate, local_sgd, make_optimizer, train_each
+from tasks import standardise
+from tasks.base import predict, probabilities
+
+
+def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return each client's metrics on the split that the message names (test by default).
+
+    They are those of the global model, or of the client's own where the strategy or `fine-tune-epochs` makes one.
+    """
+    setting = open_setting(contexts)
+    task, config = setting.task, records.config_of(content)
+    clients = [client_of(context) for context in contexts]
+    split = str(config.get(records.SPLIT, "test"))
+    x, y, sizes = inputs(setting, split, clients, config)
+    if setting.half.personal_model or setting.config.fine_tune_epochs:
+        p = _predict_each(setting, _personal(setting, content, contexts, clients), x, sizes)
+    else:
+        params, _ = received(content, setting)
+        p = predict(records.load_into(setting.model, params), torch.from_numpy(x))
+    each = score_each(p, y, sizes, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
+    # One answer for the cohort where the server takes that, with a column for each metric.
+    groups = [list(range(len(clients)))] if config.get(records.PARTIAL_MEAN) else [[i] for i in range(len(clients))]
+    answers: list[Reply] = []
+    ends = np.cumsum(sizes)
+    for group in groups:
+        own = {name: values[group] for name, values in each.items()}
+        examples = [sizes[i] for i in group]
+        metrics: dict[str, Any] = {records.NUM_EXAMPLES: sum(examples), **weighted_means(own, examples)}
+        if split == "validation" and task.tuned_threshold:
+            rows = slice(ends[group[0]] - sizes[group[0]], ends[group[-1]])
+            metrics[records.SCORE_COUNTS] = score_counts(p[rows], y[rows]).ravel().tolist()
+        columns = {records.CLIENT: [clients[i] for i in group], records.NUM_EXAMPLES: examples}
+        columns |= {name: values.tolist() for name, values in own.items()}
+        answers.append((group, replies.answer(metrics, columns)))
+    return answers
+
+
+def _personal(setting: Setting, content: RecordDict, contexts: Sequence[Context], clients: Sequence[int]) -> Tensors:
+    """Return each client's own model (C, ...) by name, fine-tuned on its training examples where that is asked for."""
+    config, round_config = setting.config, records.config_of(content)
+    params, sent = received(content, setting)
+    number = records.server_round(content) or 0
+    x, y, sizes = inputs(setting, "train", clients, round_config)
+    epochs = max(config.fine_tune_epochs, 1)
+    seeds = tuple(derive(config.seed, "fine-tune", number, client) for client in clients)
+    r = assemble(
+        config, setting.model, setting.task.loss, x, y,
+        epochs_of(config, ("fine-tune", number), clients, sizes, epochs),
+        make_optimizer(config, learning_rate(config, number)),
+        global_params=params,
+        config=round_config,
+        seed=seeds[0],
+        seeds=seeds,
+        sizes=tuple(sizes),
+        state=bundle.read_state(contexts, setting.initial_state(params)),
+        sent=sent,
+    )  # fmt: skip
+    if setting.half.personal_model is None:
+        return train_each(local_sgd, r).params
+    make = setting.half.personal_model
+    nothing = torch.zeros(len(clients))
+    own = train_each(lambda each: LocalUpdate(make(each), nothing[: len(each.sizes)]), r).params
+    if config.fine_tune_epochs:
+        tuned = [
+            local_sgd(replace(alone, vectorised=False), start={name: t[i : i + 1] for name, t in own.items()}).params
+            for i, alone in enumerate(r.each())
+        ]
+        own = {name: torch.cat([params[name] for params in tuned]) for name in tuned[0]}
+    return own
+
+
+def _predict_each(setting: Setting, params: Tensors, x: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Return probabilities of rows x, client after client, each by its own model (C, ...)."""
+    model, ends = setting.model.eval(), np.cumsum(sizes)
+    parts = []
+    with torch.no_grad():
+        for i, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+            own = {name: t[i] for name, t in params.items()}
+            rows = torch.from_numpy(x[end - size : end]).to(next(iter(own.values())).device)
+            parts.append(probabilities(functional_call(model, own, (rows,))))
+    return np.concatenate(parts)
+
+
+def statistics(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return how many examples of each label a client has, and the sums that standardisation needs; never a row."""
+    setting = open_setting(contexts)
+    answers: list[Reply] = []
+    for i, context in enumerate(contexts):
+        client = client_of(context)
+        splits = setting.data.client(client)
+        metrics: dict[str, Any] = {
+            records.SIZES: [len(split) for split in splits.values()],
+            records.LABEL_COUNTS: np.bincount(splits["train"].y, minlength=len(setting.task.labels)).tolist(),
+        }
+        if setting.task.standardise != "none":
+            metrics |= standardise.statistics(splits["train"].x)
+        answers.append(([i], replies.answer(metrics, {records.CLIENT: [client], "name": setting.data.name(client)})))
+    return answers

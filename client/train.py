@@ -1,0 +1,126 @@
+"""A cohort trains: data, time, local update, state, processors, replies; each step one line of `train`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, RecordDict
+
+from client import replies
+from client.replies import Reply
+from client.setting import Setting, batches_of, client_of, inputs, note_batches, open_setting, received
+from core import adversary, bundle, compression, records
+from core.devices import Work
+from core.records import Tensors
+from core.seeding import derive
+from core.training import LocalRound, LocalUpdate, assemble, learning_rate, make_optimizer, train_each
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the server sent, read once for a cohort."""
+
+    number: int
+    config: Mapping[str, Any]
+    params: Tensors
+    sent: dict[str, Tensors]
+    bytes: int
+
+    @staticmethod
+    def of(content: RecordDict, setting: Setting) -> _Round:
+        number = records.server_round(content)
+        if number is None:
+            raise ValueError(f"the strategy sent no '{records.SERVER_ROUND}'; put it into configure_train's config")
+        params, sent = received(content, setting)
+        return _Round(number, records.config_of(content), params, sent, records.array_bytes(content))
+
+
+def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+    """Return the cohort's new models, or their weighted mean where the server asked for no more."""
+    began = time.perf_counter()
+    setting = open_setting(contexts)
+    this = _Round.of(content, setting)
+    everyone = [client_of(context) for context in contexts]
+    work = _work(setting, everyone, this)
+    at = [i for i, steps in enumerate(work.steps) if steps] if work else list(range(len(everyone)))
+    lost = [(i, reason) for i, reason in enumerate(work.reasons) if reason] if work else []
+    absent: list[Reply] = [([i], replies.refused(f"client {everyone[i]}: {why}", records.LOST)) for i, why in lost]
+    if not at:
+        return absent
+    clients, own = [everyone[i] for i in at], [contexts[i] for i in at]
+    update, r = _learn(setting, this, clients, own, work.steps[at] if work else None)
+    note_batches(setting.config, own)
+    hostile = np.zeros(len(clients), dtype=bool)
+    for processor in setting.processors:
+        update = processor(update, r)
+    if setting.attack:
+        hostile = setting.attack.careless(clients)
+        update = setting.attack(update, r, clients, lambda chosen: _learn(setting, this, chosen, None, None)[0])
+    encoded = None
+    if setting.compressor:
+        update, encoded = setting.compressor(update, r)
+    columns: dict[str, Sequence[Any]] = {
+        records.TRAIN_SECONDS: [(time.perf_counter() - began) / len(clients)] * len(clients)
+    }
+    if encoded:
+        columns[records.UPLINK_BYTES] = [encoded.bytes()] * len(clients)
+    if work:
+        columns[records.VIRTUAL_SECONDS] = work.seconds[at].tolist()
+    partial = bool(this.config.get(records.PARTIAL_MEAN))
+    answers = replies.of_update(update, clients, r.sizes, columns, partial, hostile, None if partial else encoded)
+    if setting.attack:
+        setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
+    sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
+    if update.state:
+        keep = sorted(sound)
+        state = {kind: {name: t[keep] for name, t in kept.items()} for kind, kept in update.state.items()}
+        bundle.write_state([own[i] for i in keep], state)
+    return [([at[i] for i in positions], answer) for positions, answer in answers] + absent
+
+
+def _work(setting: Setting, clients: Sequence[int], this: _Round) -> Work | None:
+    """Return what the clients get done in this round; None where neither devices nor faults are configured."""
+    if setting.devices is None:
+        return None
+    config, sizes = setting.config, setting.data.train.sizes[list(clients)]
+    steps = np.full(len(clients), config.local_steps)
+    if not config.local_steps:
+        steps = config.local_epochs * -(-sizes // config.batch_size)
+    deadline = float(this.config.get(records.DEADLINE, config.devices.deadline_seconds))
+    up = round(this.bytes * compression.ratio(config))
+    return setting.devices.work(this.number, clients, sizes.tolist(), steps, this.bytes, up, deadline)
+
+
+def _learn(
+    setting: Setting, this: _Round, clients: Sequence[int], contexts: Sequence[Context] | None, steps: np.ndarray | None
+) -> tuple[LocalUpdate, LocalRound]:
+    """Return what the clients learn and the round they learn it in; without contexts, as clients without a past."""
+    config = setting.config
+    contexts = contexts if contexts is not None else [_blank() for _ in clients]
+    x, y, sizes = inputs(setting, "train", clients, this.config)
+    if min(sizes) == 0:
+        raise ValueError("no training examples")
+    x, y = adversary.poisoned(config, x, y, sizes, clients, len(setting.task.labels))
+    batches = batches_of(config, this.number, clients, sizes, contexts)
+    seeds = tuple(derive(config.seed, "model", this.number, client) for client in clients)
+    cohort = assemble(
+        config, setting.model, setting.task.loss, x, y,
+        batches if steps is None else batches.cut(steps),
+        make_optimizer(config, learning_rate(config, this.number)),
+        global_params=this.params,
+        config=this.config,
+        seed=seeds[0],
+        seeds=seeds,
+        sizes=tuple(sizes),
+        state=bundle.read_state(contexts, setting.initial_state(this.params)),
+        sent=this.sent,
+    )  # fmt: skip
+    return train_each(setting.half.local_update, cohort), cohort
+
+
+def _blank() -> Context:
+    return Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})

@@ -1,0 +1,164 @@
+"""Virtual time: what each client's device can do and what a round therefore takes, a function of the configuration.
+
+A device has seconds an example, bandwidths and an availability. By default they are log-normal over clients, as
+FedScale (Lai et al., ICML 2022) and Oort (Lai et al., OSDI 2021) report of phones; a CSV file may give each client's
+own. Server and clients compute the same numbers without asking each other. Nothing waits: time is only counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.config import RunConfig
+from core.errors import InputError
+from core.seeding import uniforms
+
+COLUMNS = ("seconds_per_example", "uplink_bytes_per_second", "downlink_bytes_per_second", "availability")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What becomes of C sampled clients in a round."""
+
+    steps: np.ndarray
+    """Local steps that each does, (C,) int64; 0 where its answer is lost."""
+    seconds: np.ndarray
+    """Virtual seconds from the server's sending until the answer is there, (C,) float64."""
+    reasons: list[str]
+    """Why an answer is lost, a sentence for each client; empty where it is not."""
+
+
+class Devices:
+    """The devices of all clients: arrays (clients,) float64 by name in `COLUMNS`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, own = config, config.devices
+        n = config.clients
+        medians = {name: float(getattr(own, name)) for name in COLUMNS}
+        spreads = {"seconds_per_example": own.compute_spread, "availability": 0.0}
+        self.columns: dict[str, np.ndarray] = {}
+        if own.kind == "trace":
+            self.columns = _read_trace(Path(own.trace), n)
+        for name in COLUMNS:
+            sigma = 0.0 if own.kind == "none" else spreads.get(name, own.bandwidth_spread)
+            drawn = (
+                _normal(config.seed, "devices", name, clients=np.arange(n)) if sigma and own.kind != "trace" else 0.0
+            )
+            self.columns.setdefault(name, np.broadcast_to(medians[name] * np.exp(sigma * drawn), (n,)))
+
+    def seconds(self, server_round: int, clients: np.ndarray, examples: np.ndarray, down: int, up: int) -> np.ndarray:
+        """Return the virtual seconds (C,) in which clients process `examples` (C,) and move `down` and `up` bytes."""
+        own = {name: values[clients] for name, values in self.columns.items()}
+        compute = own["seconds_per_example"] * examples
+        if self._config.devices.jitter:
+            compute = compute * np.exp(self._config.devices.jitter * _normal(
+                self._config.seed, "jitter", server_round, clients=clients))  # fmt: skip
+        return down / own["downlink_bytes_per_second"] + compute + up / own["uplink_bytes_per_second"]
+
+    def work(
+        self,
+        server_round: int,
+        clients: Sequence[int],
+        sizes: Sequence[int],
+        steps: np.ndarray,
+        down: int,
+        up: int,
+        deadline: float,
+    ) -> Work:
+        """Return what the clients get done of `steps` (C,) local steps on `sizes` examples before the deadline."""
+        faults, seed = self._config.faults, self._config.seed
+        at, own = np.asarray(clients), np.asarray(sizes)
+        draw = functools.partial(uniforms, seed, clients=at)
+        done, full = np.array(steps, dtype=np.int64), np.asarray(steps, dtype=np.int64)
+        gone = draw("available", server_round) >= self.columns["availability"][at]
+        lost = draw("dropout", server_round) < faults.dropout
+        slow = draw("straggler", server_round) < faults.stragglers
+        epochs = 1 if self._config.local_steps else self._config.local_epochs
+        # FedProx, section 5.2: a straggler has time for a number of epochs drawn uniformly from those asked for.
+        drawn = np.floor(draw("epochs", server_round) * epochs) + 1 if epochs > 1 else draw("epochs", server_round)
+        done = np.where(slow, np.maximum(1, np.floor(full * drawn / epochs)).astype(np.int64), done)
+        examples = full * self._config.batch_size if self._config.local_steps else own * epochs
+        each = examples / np.maximum(full, 1)
+        seconds = self.seconds(server_round, at, each * done, down, up)
+        late = np.zeros(len(at), dtype=bool)
+        if deadline:
+            fixed = self.seconds(server_round, at, np.zeros(len(at)), down, up)
+            late = seconds > deadline
+            per_step = np.maximum((seconds - fixed) / np.maximum(done, 1), 1e-300)
+            fit = np.floor(np.maximum(deadline - fixed, 0) / per_step).astype(np.int64)
+            if faults.late == "partial":
+                done = np.where(late, np.minimum(done, fit), done)
+                late = done == 0
+                seconds = np.minimum(seconds, deadline)
+        if faults.late == "lost":
+            late |= slow & (done < full)
+        reasons = [
+            "it cannot be reached in this round" if g
+            else "its answer was lost" if d
+            else "it did not finish in time" if s
+            else ""
+            for g, d, s in zip(gone, lost, late, strict=True)
+        ]  # fmt: skip
+        return Work(np.where(gone | lost | late, 0, done), seconds, reasons)
+
+
+def devices_of(config: RunConfig) -> Devices | None:
+    """Return the clients' devices; None where the configuration has neither devices nor faults."""
+    faults = config.faults
+    return Devices(config) if config.devices.kind != "none" or faults.dropout or faults.stragglers else None
+
+
+def check(config: RunConfig) -> None:
+    """Raise `InputError` for a trace that cannot be read, and for settings that need devices where there are none."""
+    own = config.devices
+    if own.kind == "none":
+        for key, given in {
+            "devices.deadline-seconds": own.deadline_seconds, "devices.availability": own.availability < 1,
+            "sampling.over-selection": config.sampling.over_selection > 1, "devices.trace": own.trace,
+        }.items():  # fmt: skip
+            if given:
+                raise InputError(f"{key} needs virtual time; set devices.kind=lognormal or devices.kind=trace.")
+    devices_of(config)
+
+
+def _normal(seed: int, *path: int | str, clients: np.ndarray) -> np.ndarray:
+    """Return a standard normal number for each client by Box and Muller's transform, (C,)."""
+    first, second = uniforms(seed, *path, "radius", clients=clients), uniforms(seed, *path, "angle", clients=clients)
+    normal: np.ndarray = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * math.pi * second)
+    return normal
+
+
+def _read_trace(path: Path, clients: int) -> dict[str, np.ndarray]:
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"devices.trace={path} cannot be read ({error}); give a CSV file, a row a client.") from None
+    known = [name for name in COLUMNS if name in table.columns]
+    if not known:
+        raise InputError(
+            f"devices.trace={path} has columns {', '.join(table.columns)}; give one of {', '.join(COLUMNS)}."
+        )
+    if len(table) < clients:
+        raise InputError(
+            f"devices.trace={path} has {len(table)} rows for {clients} clients; add rows or lower clients."
+        )
+    columns: dict[str, np.ndarray] = {}
+    for name in known:
+        values = pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=np.float64)[:clients]
+        good = np.isfinite(values) & (values > 0) & ((values <= 1) | (name != "availability"))
+        if not good.all():
+            row = int(np.flatnonzero(~good)[0])
+            raise InputError(
+                f"devices.trace={path}, column {name}, row {row + 1}: {table[name].iloc[row]!r} is not a number above 0"
+                f"{' and up to 1' if name == 'availability' else ''}; correct the file."
+            )
+        columns[name] = values
+    return columns

@@ -1,0 +1,34 @@
+"""What a server half may be given before the first round, if it has a method `set_up(server)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from core.config import RunConfig
+from core.data import Split
+from core.devices import Devices
+from core.records import Tensors
+
+
+@dataclass(frozen=True)
+class ServerSide:
+    """The run as the server sees it."""
+
+    config: RunConfig
+    fresh_model: Callable[[int], nn.Module]
+    """(seed) -> the task's model, newly initialised."""
+    initial: Tensors
+    """The global model before the first round."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(logits, y) -> each example's loss (B,)."""
+    data: Split | None
+    """The `server-examples`, standardised; None where there are none."""
+    devices: Devices | None
+    sizes: np.ndarray
+    """Training examples of each client that described itself, (clients,) int64."""
+    client_of: Callable[[int], int]
+    """Node id -> number of its client."""

@@ -1,0 +1,59 @@
+"""The virtual clock of a round: when it ends, and which of too many clients were the first to answer."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Message
+
+from core import compression, records
+from core.config import RunConfig
+from core.server_side import ServerSide
+from server.observe import Observed
+
+
+class VirtualClock:
+    """Counts virtual seconds; without devices it stays at None."""
+
+    def __init__(self, config: RunConfig, server: ServerSide, before: float | None) -> None:
+        self._config, self._server = config, server
+        self.seconds: float | None = (before or 0.0) if config.devices.kind != "none" else None
+        self._deadline = config.devices.deadline_seconds
+
+    def set_deadline(self, messages: list[Message]) -> None:
+        """Write into a round's messages when it ends: with over-selection, when as many as wanted have answered.
+
+        Server and clients compute the same times, so that the clients know by themselves who comes too late.
+        """
+        self._deadline = self._config.devices.deadline_seconds
+        if self._config.sampling.over_selection == 1 or not messages:
+            return
+        wanted = self._config.count(self._config.sampled)
+        content = messages[0].content
+        clients = np.array([self._server.client_of(message.metadata.dst_node_id) for message in messages])
+        seconds = np.sort(expected_seconds(self._config, self._server, records.server_round(content) or 0, clients,
+                                           records.array_bytes(content)))  # fmt: skip
+        last = float(seconds[min(wanted, len(seconds)) - 1])
+        self._deadline = min(last, self._deadline) if self._deadline else last
+        for each in {id(message.content): message.content for message in messages}.values():
+            each.config_records[records.CONFIG][records.DEADLINE] = self._deadline
+
+    def advance(self, observed: Observed) -> float | None:
+        """Count the round that was observed and return its virtual seconds: until the last answer or the deadline."""
+        if self.seconds is None:
+            return None
+        took = observed.virtual_seconds
+        if observed.lost and self._deadline:
+            took = self._deadline
+        self.seconds += took
+        return took
+
+
+def expected_seconds(
+    config: RunConfig, server: ServerSide, server_round: int, clients: np.ndarray, down: int
+) -> np.ndarray:
+    """Return the virtual seconds (C,) that clients would take for a round's whole work."""
+    assert server.devices is not None
+    examples = server.sizes[clients] * config.local_epochs
+    if config.local_steps:
+        examples = np.full(len(clients), config.local_steps * config.batch_size)
+    return server.devices.seconds(server_round, clients, examples, down, round(down * compression.ratio(config)))
