@@ -14,7 +14,7 @@ from torch.func import functional_call
 from client import replies
 from client.replies import Reply
 from client.setting import Setting, client_of, epochs_of, inputs, open_setting, received
-from core import bundle, records
+from core import records
 from core.metrics import score_counts, score_each, weighted_means
 from core.records import Tensors
 from core.seeding import derive
@@ -73,9 +73,10 @@ def _personal(setting: Setting, content: RecordDict, contexts: Sequence[Context]
         seed=seeds[0],
         seeds=seeds,
         sizes=tuple(sizes),
-        state=bundle.read_state(contexts, setting.initial_state(params)),
+        options=setting.half.options,
         sent=sent,
     )  # fmt: skip
+    r = setting.with_past(r, contexts)
     if setting.half.personal_model is None:
         return train_each(local_sgd, r).params
     make = setting.half.personal_model

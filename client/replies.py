@@ -22,7 +22,8 @@ NOT_FINITE = "the trained model is not finite; lower learning-rate or set gradie
 
 def merged(replies: Sequence[Reply], sent: ArrayRecord) -> list[Reply]:
     """Return the cohorts' means as one; errors, and what the server will refuse, stay as they are."""
-    means, others = [], []
+    means: list[Reply] = []
+    others: list[Reply] = []
     for reply in replies:
         sound = isinstance(reply[1], RecordDict) and not records.refusal(reply[1], sent)
         (means if sound else others).append(reply)
@@ -30,7 +31,8 @@ def merged(replies: Sequence[Reply], sent: ArrayRecord) -> list[Reply]:
     for _, content in means:
         assert isinstance(content, RecordDict)
         mean.add(content)
-    return ([([i for positions, _ in means for i in positions], mean.content())] if means else []) + others
+    whole: list[Reply] = [([i for positions, _ in means for i in positions], mean.content())] if means else []
+    return whole + others
 
 
 def answer(metrics: dict[str, Any], clients: dict[str, Any]) -> RecordDict:
@@ -64,7 +66,7 @@ def of_update(
     good = finite(update) & ~hostile
     together = np.flatnonzero(good).tolist()
     groups = [together] if partial and together else [[i] for i in together]
-    groups += [[i] for i in np.flatnonzero(hostile)]
+    groups += [[i] for i in np.flatnonzero(hostile).tolist()]
     replies: list[Reply] = [(group, _trained(update, group, clients, sizes, columns, encoded)) for group in groups]
     broken = np.flatnonzero(~good & ~hostile).tolist()
     return replies + [([i], refused(f"client {clients[i]}: {NOT_FINITE}")) for i in broken]

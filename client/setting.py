@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from core.devices import Devices, devices_of
 from core.processors import Processor, processors_of
 from core.records import Tensors
 from core.seeding import permutations, rng
+from core.training import LocalRound
 from strategies import ClientHalf, client_half
 from tasks import load, standardise
 from tasks.base import Task, build_model
@@ -48,11 +49,13 @@ class Setting:
     processors: Sequence[Processor]
     compressor: Compressor | None
 
-    def initial_state(self, params: Tensors) -> dict[str, Tensors]:
-        """Return what a client without a past begins with, by kind and name: the strategy's and the processors'."""
-        makers: list[Callable[[Tensors], Mapping[str, Tensors]]] = [self.half.initial_state]
-        makers += [p.initial_state for p in (*self.processors, self.compressor) if hasattr(p, "initial_state")]
-        return {kind: tensors for make in makers for kind, tensors in make(params).items()}
+    def with_past(self, r: LocalRound, contexts: Sequence[Context]) -> LocalRound:
+        """Return the round with what its clients have kept: the strategy's state and the processors'."""
+        makers: list[Callable[[LocalRound], Mapping[str, Tensors]]] = [self.half.initial_state]
+        own = (getattr(p, "initial_state", None) for p in (*self.processors, self.compressor))
+        makers += [make for make in own if make]
+        initial = {kind: tensors for make in makers for kind, tensors in make(r).items()}
+        return replace(r, state=bundle.read_state(contexts, initial))
 
 
 @functools.lru_cache(maxsize=1)

@@ -116,9 +116,10 @@ def _learn(
         seed=seeds[0],
         seeds=seeds,
         sizes=tuple(sizes),
-        state=bundle.read_state(contexts, setting.initial_state(this.params)),
+        options=setting.half.options,
         sent=this.sent,
     )  # fmt: skip
+    cohort = setting.with_past(cohort, contexts)
     return train_each(setting.half.local_update, cohort), cohort
 
 

@@ -29,6 +29,15 @@ class Batches:
         """Return the batches with rows and weights on the device."""
         return replace(self, rows=to_device(self.rows, device), weights=to_device(self.weights, device))
 
+    def after(self, steps: np.ndarray) -> Batches:
+        """Return the batches from each client's step `steps` (C,) on; a client that has none left repeats its last."""
+        first = torch.minimum(torch.from_numpy(np.asarray(steps)), self.steps - 1)
+        left = self.steps - first
+        places = (torch.arange(int(left.max()))[:, None] + first).clamp_max(len(self.rows) - 1)
+        at = places[:, :, None].expand(-1, -1, self.rows.shape[2])
+        taken = torch.arange(len(places))[:, None] < left[None]
+        return Batches(self.rows.gather(0, at), self.weights.gather(0, at) * taken[:, :, None], left)
+
     def cut(self, steps: np.ndarray) -> Batches:
         """Return the batches of clients that take only their first `steps` (C,), at least one each."""
         own = torch.minimum(self.steps, torch.from_numpy(np.asarray(steps)))

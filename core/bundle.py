@@ -53,7 +53,9 @@ def read_state(contexts: Sequence[Context], initial: Kinds) -> dict[str, Tensors
     `initial` gives each kind's names and shapes; all are float32.
     """
     rows = {kind: _flat({name: t.unsqueeze(0) for name, t in own.items()})[0] for kind, own in initial.items()}
-    kept = [context.state.array_records.get(CLIENT_STATE, {}) for context in contexts] if initial else []
+    kept: list[Mapping[str, Array]] = (
+        [context.state.array_records.get(CLIENT_STATE, {}) for context in contexts] if initial else []
+    )
     out: dict[str, Tensors] = {}
     for kind, own in initial.items():
         of_each = [records.to_numpy(record[kind]) if kind in record else rows[kind] for record in kept]

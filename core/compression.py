@@ -65,11 +65,11 @@ class Compressor:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
 
-    def initial_state(self, params: Tensors) -> dict[str, Tensors]:
+    def initial_state(self, r: LocalRound) -> dict[str, Tensors]:
         """Return the residual of a client that has sent nothing yet; only top-k keeps one."""
         if self._config.compression.kind != "top-k":
             return {}
-        return {RESIDUAL: {name: torch.zeros_like(p) for name, p in params.items()}}
+        return {RESIDUAL: {name: torch.zeros_like(p) for name, p in r.global_params.items()}}
 
     def __call__(self, update: LocalUpdate, r: LocalRound) -> tuple[LocalUpdate, Encoded]:
         """Return the update as the server will see it, and its encoding."""

@@ -56,10 +56,10 @@ class Federation:
     validation: Ragged
     test: Ragged
     central: Split
-    server: Split | None = None
-    """Examples of the server's own, from the same source (`server-examples`); None where it has none."""
     names: tuple[str, ...] = ()
     """Hospitals, banks, authors; empty where clients have numbers only."""
+    server: Split | None = None
+    """Examples of the server's own, from the same source (`server-examples`); None where it has none."""
 
     def __len__(self) -> int:
         return len(self.train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +57,7 @@ def one_by_one(r: LocalRound, terms: Terms, start: Tensors | None = None) -> tup
     return finished, losses
 
 
-def _backward(loss: Tensor, moving: Tensors, terms: Terms, gradient_clip: float) -> None:
+def _backward(loss: Tensor, moving: Mapping[str, Tensor], terms: Terms, gradient_clip: float) -> None:
     """Put the gradient of loss and terms into `.grad` of the tensors that move."""
     own = list(moving.values())
     gradients = torch.autograd.grad(loss, own, allow_unused=True)
@@ -91,10 +92,11 @@ def _by_objective(r: LocalRound, terms: Terms, start: Tensors | None) -> tuple[T
     for s in range(steps):
         real = r.batches.weights[s, 0] > 0
         rows, weight = r.batches.rows[s, 0][real], r.batches.weights[s, 0][real]
-        loss = _weighted_mean(terms.objective(params, beside, r.x[rows], r.y[rows]), weight)
+        found = terms.objective(params, beside, r.x[rows], r.y[rows], weight / weight.sum().clamp_min(1e-12))
+        loss, reported = found if isinstance(found, tuple) else (found, found)
         _backward(loss + terms.penalty(params) if terms.penalty else loss, moving, terms, r.gradient_clip)
         advance()
-        total += float(loss.detach()) * float(weight.sum())
+        total += float(reported.detach()) * float(weight.sum())
         seen += float(weight.sum())
     done = {name: tensor.detach().clone().unsqueeze(0) for name, tensor in {**params, **statistics}.items()}
     return done, r.batches.weights.new_tensor([total / max(seen, 1e-12)])

@@ -18,7 +18,7 @@ GROUP = "fedra.processors"
 
 
 class Processor(Protocol):
-    """One step on the way out. It may have `initial_state(params)`, as a strategy has, and use `r.state`."""
+    """One step on the way out. It may have `initial_state(r)`, as a strategy has, and use `r.state`."""
 
     def __call__(self, update: LocalUpdate, r: LocalRound) -> LocalUpdate:
         """Return the cohort's update after this step; tensors keep their shapes."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from core.compression import ratio
 from core.config import RunConfig
 from core.data import Split
 from core.devices import Devices
@@ -32,3 +33,11 @@ class ServerSide:
     """Training examples of each client that described itself, (clients,) int64."""
     client_of: Callable[[int], int]
     """Node id -> number of its client."""
+
+    def expected_seconds(self, server_round: int, clients: np.ndarray, down: int) -> np.ndarray:
+        """Return the virtual seconds (C,) that clients would take for a round's whole work on `down` bytes of model."""
+        assert self.devices is not None
+        examples = self.sizes[clients] * self.config.local_epochs
+        if self.config.local_steps:
+            examples = np.full(len(clients), self.config.local_steps * self.config.batch_size)
+        return self.devices.seconds(server_round, clients, examples, down, round(down * ratio(self.config)))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 Correction = Callable[[Tensors], Mapping[str, Tensor]]
-Objective = Callable[[Tensors, Tensors, Tensor, Tensor], Tensor]
+Objective = Callable[[Tensors, Tensors, Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +44,10 @@ class Terms:
     The same as a penalty with that gradient, without the time that autograd takes for it.
     """
     objective: Objective | None = None
-    """One client's (weights, `beside`, x (B, ...), y (B,)) -> each example's loss (B,), instead of the model's own."""
+    """One client's (weights, `beside`, x (B, ...), y (B,), example weights (B,)) -> its loss, not the model's own.
+
+    Or a pair of it and the loss to report. Example weights add up to 1.
+    """
     beside: Tensors = field(default_factory=dict)
     """What the objective needs of each client beside its weights, (C, ...) by name; it stays as it is."""
     only: Collection[str] | None = None
@@ -197,8 +200,9 @@ def _of_objective(objective: Objective, beside: Tensors, penalty: Penalty | None
     """Return the gradients of an objective of one client, mapped over the cohort."""
 
     def total(w: Tensors, own: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        loss = (objective(w, own, x, y) * weight).sum()
-        return (loss + penalty(w) if penalty else loss), loss.detach()
+        found = objective(w, own, x, y, weight)
+        loss, reported = found if isinstance(found, tuple) else (found, found)
+        return (loss + penalty(w) if penalty else loss), reported.detach()
 
     mapped = vmap(grad_and_value(total, has_aux=True), randomness="different")
 

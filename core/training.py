@@ -67,6 +67,8 @@ class LocalRound:
     """Whether the forward pass runs under torch's autocast."""
     compiled: bool = False
     """Whether torch.compile makes the cohort's gradient."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The strategy's options as the run has them, with hyphens ("proximal-mu")."""
     sizes: tuple[int, ...] = ()
     """Each client's examples: x and y hold them client after client."""
     seeds: tuple[int, ...] = ()
@@ -75,6 +77,13 @@ class LocalRound:
     """What each client has kept: tensors (C, ...) by kind and name."""
     sent: Mapping[str, Tensors] = field(default_factory=dict)
     """What the strategy sent beside the model, one copy for all, by kind and name."""
+
+    def mean_loss(self, weights: Tensors, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+        """Return the mean loss of one client's batch x (B, ...), y (B,) under its weights, for an objective.
+
+        `share` (B,) adds up to 1: places that only fill a batch up have none.
+        """
+        return (self.loss(functional_call(self.model, weights, (x,)), y) * share).sum()
 
     def each(self) -> Iterator[LocalRound]:
         """Yield the round of each client alone: a cohort of one."""

@@ -28,7 +28,10 @@ def check(config: RunConfig) -> Federation:
     for optimizer in (config.optimizer, config.baseline.optimizer):
         make_optimizer(config, config.learning_rate, optimizer)
     task = load(config)
-    build_model(task, config.seed)
+    model = build_model(task, config.seed)
+    cls = strategy_class(config.strategy)
+    if hasattr(cls, "check"):
+        cls.check(config, model)
     metric = config.early_stopping.metric
     if metric and metric not in task.metrics:
         raise unknown("early-stopping.metric", metric, task.metrics)
@@ -38,8 +41,7 @@ def check(config: RunConfig) -> Federation:
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
-    needs = getattr(strategy_class(config.strategy), "needs_server_examples", False)
-    if needs and not config.server_examples:
+    if getattr(cls, "needs_server_examples", False) and not config.server_examples:
         raise InputError(f"{config.strategy} trains on examples of the server's own; set server-examples=100 or so.")
     if len(federation) != config.clients:
         raise InputError(

@@ -108,8 +108,8 @@ def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], list[str]]:
     """
     if hasattr(strategy, "state_dict"):
         return {"state_dict": strategy.state_dict()}, []
-    rebuilt = (Callable, ServerSide)
-    attributes = {name: value for name, value in vars(strategy).items() if not isinstance(value, rebuilt)}
+    own = vars(strategy).items()
+    attributes = {name: value for name, value in own if not (callable(value) or isinstance(value, ServerSide))}
     saved = {name: value for name, value in attributes.items() if tree.packable(value)}
     return saved, sorted(attributes.keys() - saved.keys())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from flwr.app import Message
 
-from core import compression, records
+from core import records
 from core.config import RunConfig
 from core.server_side import ServerSide
 from server.observe import Observed
@@ -30,8 +30,8 @@ class VirtualClock:
         wanted = self._config.count(self._config.sampled)
         content = messages[0].content
         clients = np.array([self._server.client_of(message.metadata.dst_node_id) for message in messages])
-        seconds = np.sort(expected_seconds(self._config, self._server, records.server_round(content) or 0, clients,
-                                           records.array_bytes(content)))  # fmt: skip
+        number, down = records.server_round(content) or 0, records.array_bytes(content)
+        seconds = np.sort(self._server.expected_seconds(number, clients, down))
         last = float(seconds[min(wanted, len(seconds)) - 1])
         self._deadline = min(last, self._deadline) if self._deadline else last
         for each in {id(message.content): message.content for message in messages}.values():
@@ -46,14 +46,3 @@ class VirtualClock:
             took = self._deadline
         self.seconds += took
         return took
-
-
-def expected_seconds(
-    config: RunConfig, server: ServerSide, server_round: int, clients: np.ndarray, down: int
-) -> np.ndarray:
-    """Return the virtual seconds (C,) that clients would take for a round's whole work."""
-    assert server.devices is not None
-    examples = server.sizes[clients] * config.local_epochs
-    if config.local_steps:
-        examples = np.full(len(clients), config.local_steps * config.batch_size)
-    return server.devices.seconds(server_round, clients, examples, down, round(down * compression.ratio(config)))

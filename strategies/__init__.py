@@ -3,7 +3,7 @@
 A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 
 - a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;
-- a static `initial_state(params) -> {kind: tensors}`: what a client keeps between rounds, as it begins;
+- a static `initial_state(r: LocalRound) -> {kind: tensors}`: what a client keeps between rounds, as it begins;
 - a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
 - `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
   A strategy that says nothing gets every update.
@@ -39,6 +39,17 @@ class Entry:
 STRATEGIES = {
     "fedavg": Entry(_FLOWER + "FedAvg", "weighted mean of the clients' models (McMahan et al. 2017)", True),
     "fedavgm": Entry("strategies.fedopt:FedAvgM", "FedAvg with server momentum (Hsu et al. 2019)", True),
+    "fednova": Entry(
+        "strategies.fednova:FedNova", "normalised updates against unequal numbers of steps (Wang et al. 2020)", True
+    ),
+    "scaffold": Entry(
+        "strategies.scaffold:Scaffold", "control variates against client drift (Karimireddy et al. 2020)", True
+    ),
+    "feddyn": Entry("strategies.feddyn:FedDyn", "a dynamic regulariser on clients (Acar et al. 2021)", True),
+    "mimelite": Entry(
+        "strategies.mimelite:MimeLite", "the server's momentum in local steps (Karimireddy et al. 2021)", True
+    ),
+    "moon": Entry("strategies.moon:Moon", "a contrastive term on features (Li et al. 2021)", True),
     "fedprox": Entry("strategies.fedprox:FedProx", "FedAvg with a proximal term on clients (Li et al. 2020)", True),
     "fedadam": Entry("strategies.fedopt:FedAdam", "Adam on the server (Reddi et al. 2021)", True),
     "fedyogi": Entry(_FLOWER + "FedYogi", "Yogi on the server (Reddi et al. 2021)", True),
@@ -46,13 +57,32 @@ STRATEGIES = {
     "qfedavg": Entry(
         "strategies.qfedavg:QFedAvg", "fairer: clients with a high loss weigh more (Li et al. 2020)", False
     ),
-    "fedmedian": Entry(_FLOWER + "FedMedian", "coordinate-wise median (Yin et al. 2018)", False),
-    "fedtrimmedavg": Entry(_FLOWER + "FedTrimmedAvg", "coordinate-wise trimmed mean (Yin et al. 2018)", False),
-    "krum": Entry(_FLOWER + "Krum", "the model nearest to its neighbours (Blanchard et al. 2017)", False),
+    "agnostic": Entry("strategies.agnostic:Agnostic", "best for the worst mixture (Mohri et al. 2019)", False),
+    "fedbn": Entry("strategies.personal_layers:FedBN", "normalisation layers stay local (Li et al. 2021)", True),
+    "fedper": Entry("strategies.personal_layers:FedPer", "the last layers stay local (Arivazhagan et al. 2019)", True),
+    "fedrep": Entry("strategies.personal_layers:FedRep", "local head and body in turn (Collins et al. 2021)", True),
+    "ditto": Entry("strategies.ditto:Ditto", "a model of its own near the global one (Li et al. 2021)", True),
+    "apfl": Entry("strategies.apfl:APFL", "a learnt mixture of own and global model (Deng et al. 2020)", True),
+    "perfedavg": Entry("strategies.perfedavg:PerFedAvg", "a model to fine-tune from (Fallah et al. 2020)", True),
+    "ifca": Entry("strategies.ifca:IFCA", "several models, clients choose theirs (Ghosh et al. 2020)", False),
+    "fedmedian": Entry("strategies.median:FedMedian", "coordinate-wise median (Yin et al. 2018)", False),
+    "fedtrimmedavg": Entry("strategies.median:FedTrimmedAvg", "coordinate-wise trimmed mean (Yin et al. 2018)", False),
+    "krum": Entry("strategies.krum:Krum", "the update nearest to its neighbours (Blanchard et al. 2017)", False),
     "multikrum": Entry(
-        "strategies.multikrum:MultiKrum", "mean of the models Krum ranks first (Blanchard et al. 2017)", False
+        "strategies.krum:MultiKrum", "mean of the updates Krum ranks first (Blanchard et al. 2017)", False
     ),
-    "bulyan": Entry(_FLOWER + "Bulyan", "Krum, then a trimmed mean (El Mhamdi et al. 2018)", False),
+    "bulyan": Entry("strategies.krum:Bulyan", "Krum, then a trimmed mean (El Mhamdi et al. 2018)", False),
+    "rfa": Entry("strategies.clipping:RFA", "geometric median (Pillutla et al. 2022)", False),
+    "centredclipping": Entry(
+        "strategies.clipping:CentredClipping", "clipped around the last update (Karimireddy et al. 2021)", False
+    ),
+    "normclipping": Entry("strategies.clipping:NormClipping", "mean of clipped updates (Sun et al. 2019)", False),
+    "fltrust": Entry(
+        "strategies.server_examples:FLTrust", "trust by agreement with the server's own (Cao et al. 2021)", False
+    ),
+    "feddf": Entry("strategies.server_examples:FedDF", "ensemble distillation on the server (Lin et al. 2020)", False),
+    "fedasync": Entry("strategies.asynchronous:FedAsync", "a step for every answer (Xie et al. 2019)", False),
+    "fedbuff": Entry("strategies.asynchronous:FedBuff", "a step for a buffer of answers (Nguyen et al. 2022)", False),
 }
 
 GROUP = "fedra.strategies"
@@ -123,10 +153,12 @@ class ClientHalf:
     """What a strategy's clients do, each a static method of its class."""
 
     local_update: LocalUpdateFn
-    initial_state: Callable[[Tensors], dict[str, Tensors]]
-    """(global model) -> what a client without a past keeps, by kind and name."""
+    initial_state: Callable[[LocalRound], dict[str, Tensors]]
+    """What a client without a past keeps, (...) by kind and name; the round has no state yet."""
     personal_model: Callable[[LocalRound], Tensors] | None
     """The cohort's own models (C, ...) by name, which its clients evaluate; None where that is the global model."""
+    options: dict[str, object]
+    """The strategy's options as configured, with hyphens."""
 
 
 def client_half(config: RunConfig) -> ClientHalf:
@@ -134,6 +166,7 @@ def client_half(config: RunConfig) -> ClientHalf:
     cls = strategy_class(config.strategy)
     return ClientHalf(
         getattr(cls, "local_update", local_sgd),
-        getattr(cls, "initial_state", lambda params: {}),
+        getattr(cls, "initial_state", lambda r: {}),
         getattr(cls, "personal_model", None),
+        {**options_of(cls), **config.strategy_options},
     )

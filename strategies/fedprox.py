@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.serverapp import strategy
 
-from core.training import LocalRound, LocalUpdate, local_sgd, squared_distance
+from core.training import LocalRound, LocalUpdate, local_sgd
 
 
 class FedProx(strategy.FedProx):
@@ -16,5 +16,5 @@ class FedProx(strategy.FedProx):
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
         """Return the cohort after local SGD on the loss plus the proximal term."""
-        mu = r.config["proximal-mu"]
-        return local_sgd(r, penalty=lambda w: mu / 2 * squared_distance(w, r.global_params))
+        mu, origin = r.config["proximal-mu"], r.global_params
+        return local_sgd(r, correction=lambda w: {name: mu * (p - origin[name]) for name, p in w.items()})

@@ -63,7 +63,7 @@ def federate(table: Table, config: RunConfig) -> Federation:
     natural = config.partition.kind == "natural" and len(table.names) == config.clients
     return Federation(
         ragged("train"), ragged("validation"), ragged("test"), _take(table, np.flatnonzero(central)),
-        _take(table, own) if len(own) else None, table.names if natural else (),
+        table.names if natural else (), _take(table, own) if len(own) else None,
     )  # fmt: skip
 
 
