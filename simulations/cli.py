@@ -63,23 +63,29 @@ def run(
 
 @app.command(name="list")
 def list_() -> None:
-    """Show tasks, strategies, presets, partitions and every setting, a line each."""
+    """Show presets, tasks, strategies, other packages' plug-ins, partitions and every setting, a line each."""
     from core.config import RunConfig, keys
     from simulations.run import PRESETS, preset_names
+    from strategies import plugins as foreign_strategies
     from strategies import sentences
     from tasks.catalogue import datasets, tasks
+    from tasks.catalogue import plugins as foreign_tasks
     from tasks.partition import KINDS
 
     defaults = RunConfig().flat()
     sections: dict[str, Mapping[str, str]] = {
         "Presets": {name: _first_comment(PRESETS / f"{name}.toml") for name in preset_names()},
         "Tasks": tasks(),
+        "Tasks of other packages (task=)": foreign_tasks(),
         "Data sets (dataset=)": datasets(),
         "Strategies (strategy=), each with its strategy-options.": sentences(),
+        "Strategies of other packages (strategy=)": foreign_strategies(),
         "Partitions (partition.kind=)": KINDS,
         "Settings (KEY=VALUE), with defaults": {key: f"{says} [{defaults[key]}]" for key, says in keys().items()},
     }
     for title, rows in sections.items():
+        if not rows:
+            continue
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, sentence in rows.items():
             table.add_row(f"[bold]{escape(name)}", escape(sentence))

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from core.config import RunConfig
 from core.errors import InputError
-from core.plugins import installed
+from core.plugins import first_line, foreign
 from core.plugins import load as load_plugin
 from core.records import Tensors
 from core.training import LocalRound, LocalUpdateFn, local_sgd
@@ -96,21 +96,35 @@ _OURS = {
 
 
 def sentences() -> dict[str, str]:
-    """Return every strategy's name with a sentence and its options; installed plug-ins too."""
-    ours = {name: f"{entry.sentence}{_options(name)}" for name, entry in STRATEGIES.items()}
-    return ours | installed(GROUP)
+    """Return each of our strategies' name with a sentence and its options."""
+    return {name: f"{entry.sentence}{_options(strategy_class(name))}" for name, entry in STRATEGIES.items()}
 
 
-def _options(name: str) -> str:
-    defaults = options_of(strategy_class(name)).items()
+def plugins() -> dict[str, str]:
+    """Return the strategies of other packages: where each comes from, a sentence, its options."""
+
+    def describe(name: str, found: object) -> str:
+        return f"{first_line(found)}{_options(_checked(name, found))}"
+
+    return foreign("strategy", _targets(), GROUP, describe)
+
+
+def _options(cls: type[Strategy]) -> str:
+    defaults = options_of(cls).items()
     shown = [key if value is inspect.Parameter.empty else f"{key}={value}" for key, value in defaults]
     return f"; {', '.join(shown)}" if shown else ""
 
 
+def _targets() -> dict[str, str]:
+    return {name: entry.target for name, entry in STRATEGIES.items()}
+
+
 def strategy_class(name: str) -> type[Strategy]:
     """Return the strategy class called `name`; `InputError` when there is none."""
-    table = {key: entry.target for key, entry in STRATEGIES.items()}
-    found = load_plugin("strategy", name, table, GROUP)
+    return _checked(name, load_plugin("strategy", name, _targets(), GROUP))
+
+
+def _checked(name: str, found: object) -> type[Strategy]:
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
         raise InputError(f"strategy '{name}' is {found!r}, not a subclass of flwr.serverapp.strategy.Strategy.")
     return found

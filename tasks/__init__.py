@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from core.config import RunConfig
+from core.errors import InputError
 from core.plugins import load as load_plugin
 from tasks.base import Task
 
@@ -12,9 +16,20 @@ TASKS = {
     "fraud": "tasks.fraud:Fraud",
     "nlp": "tasks.nlp:Nlp",
 }
+# What core and server read of a task (tasks/base.py: Task).
+_ATTRIBUTES = ("labels", "metrics", "standardise", "tuned_threshold", "federation", "model", "loss")
 
 
 def load(config: RunConfig) -> Task:
     """Return the configured task; a third party's comes from the entry-point group `fedra.tasks` or module:attr."""
-    task: Task = load_plugin("task", config.task, TASKS, GROUP)(config)
+    task: Task = checked(config.task, load_plugin("task", config.task, TASKS, GROUP))(config)
+    if missing := [name for name in _ATTRIBUTES if not hasattr(task, name)]:
+        raise InputError(f"task '{config.task}' lacks {', '.join(missing)}; tasks/base.py says what a task has.")
     return task
+
+
+def checked(name: str, found: object) -> Callable[[RunConfig], Any]:
+    """Return what was found under the name if it makes tasks."""
+    if not callable(found):
+        raise InputError(f"task '{name}' is {found!r}; name a class made from a RunConfig (tasks/base.py: Task).")
+    return found

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from core.plugins import installed, load
-from tasks import GROUP, TASKS
+from core.plugins import first_line, foreign, load
+from tasks import GROUP, TASKS, checked
 
 
 def tasks() -> dict[str, str]:
-    """Return each task's sentence, the first line of its class; installed plug-ins too."""
-    ours = {name: (load("task", name, TASKS, GROUP).__doc__ or "").splitlines()[0] for name in TASKS}
-    return ours | installed(GROUP)
+    """Return each of our tasks' sentence, the first line of its class."""
+    return {name: first_line(load("task", name, TASKS, GROUP)) for name in TASKS}
+
+
+def plugins() -> dict[str, str]:
+    """Return the tasks of other packages: where each comes from and the first line of its class."""
+    return foreign("task", TASKS, GROUP, lambda name, found: first_line(checked(name, found)))
 
 
 def datasets() -> dict[str, str]:

@@ -61,6 +61,7 @@ def test_a_documented_command_prints_what_is_shown(document: str, block: str, tm
         # A block that starts with its file's name is that file.
         (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "140"}
+    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     for command, lines in _sessions(block):
         # `make demo` is its recipe here: the environment is there already.
         for shown, real in {"make demo": _recipe("demo"), "DATA/": f"{SHARED}/", "REPO/": f"{ROOT}/"}.items():
