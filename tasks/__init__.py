@@ -11,6 +11,7 @@ TASKS = {
     "medical": "tasks.medical:Medical",
     "fraud": "tasks.fraud:Fraud",
     "nlp": "tasks.nlp:Nlp",
+    "synthetic": "tasks.synthetic:Synthetic",
 }
 
 
