@@ -11,6 +11,7 @@ TASKS = {
     "medical": "tasks.medical:Medical",
     "fraud": "tasks.fraud:Fraud",
     "nlp": "tasks.nlp:Nlp",
+    "digits": "tasks.digits:Digits",
     "synthetic": "tasks.synthetic:Synthetic",
 }
 
