@@ -79,7 +79,7 @@ class Robust(strategy.FedAvg):
             own = {name: value - self.current[name] for name, value in own.items()}
             if len(contents) == 1:
                 return RecordDict({records.ARRAYS: to_arrays(own), records.METRICS: _metrics(content),
-                                   records.CLIENTS: content.config_records[records.CLIENTS]})  # fmt: skip
+                                   records.CLIENTS: _columns(content)})  # fmt: skip
             arrays.add(own, 1.0)
             metrics.add(dict(_metrics(content)), 1.0)
         mean = {name: value.item() for name, value in metrics.mean().items()}
@@ -87,7 +87,7 @@ class Robust(strategy.FedAvg):
         return RecordDict({
             records.ARRAYS: to_arrays({n: v.astype(np.float32) for n, v in arrays.mean().items()}),
             records.METRICS: MetricRecord(mean),
-            records.CLIENTS: contents[0].config_records[records.CLIENTS],
+            records.CLIENTS: _columns(contents[0]),
         })  # fmt: skip
 
 
@@ -117,8 +117,12 @@ def arrays_of(content: RecordDict) -> ArrayRecord:
 
 
 def client_of(content: RecordDict) -> int:
-    """Return the number of the client that a reply is from."""
-    return int(content.config_records[records.CLIENTS][records.CLIENT][0])  # type: ignore[index]
+    """Return the number of the client that a reply is from; -1 where a foreign client does not say."""
+    return int(_columns(content).get(records.CLIENT, [-1])[0])  # type: ignore[index]
+
+
+def _columns(content: RecordDict) -> ConfigRecord:
+    return content.config_records.get(records.CLIENTS, ConfigRecord())
 
 
 def _metrics(content: RecordDict) -> MetricRecord:

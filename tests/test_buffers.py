@@ -7,23 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import load_file
+from shelf import with_needs
 
 from core.config import RunConfig
 from simulations.run import simulate
 from strategies import STRATEGIES
 
-SETTINGS = {
-    "fedasync": {"devices.kind": "lognormal"},
-    "fedbuff": {"devices.kind": "lognormal", "strategy-options.buffer-size": 2},
-    "fltrust": {"server-examples": 60},
-    "feddf": {"server-examples": 60},
-}
-
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_every_strategy_aggregates_a_batch_normalised_network(strategy: str, smoke: Callable[..., RunConfig]) -> None:
     config = smoke(task="foreign_plugins:NormalisedMedical", strategy=strategy, engine__cohort_size=1, rounds=2)
-    run = simulate(RunConfig.of({**config.flat(), **SETTINGS.get(strategy, {})}))
+    run = simulate(with_needs(config))
     assert run.summary["status"] == "completed"
     assert run.summary["answers"]["rejected"] == 0
     saved = load_file(run.path / "model.safetensors")

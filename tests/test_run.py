@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from shelf import with_needs
 
 from core.config import RunConfig
 from core.errors import InputError
@@ -22,8 +23,13 @@ from strategies import STRATEGIES
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_every_strategy_learns(strategy: str, smoke: Callable[..., RunConfig]) -> None:
-    adaptive = strategy in ("fedadam", "fedyogi", "fedadagrad")
-    assert simulate(smoke(strategy=strategy, rounds=10 if adaptive else 5)).metrics["auroc"] > 0.95
+    # Adaptive servers and a step an answer take more rounds; FedBN has nothing to normalise in the default model.
+    slow = strategy in ("fedadam", "fedyogi", "fedadagrad", "mimelite", "fedasync")
+    task = {"task": "foreign_plugins:NormalisedMedical", "engine__cohort_size": 1} if strategy == "fedbn" else {}
+    run = simulate(with_needs(smoke(strategy=strategy, rounds=10 if slow else 5, **task)))
+    own = run.summary["clients_metrics"]["auroc"]["mean"]
+    # What personal layers leave of a global model is no classifier: their clients' own models are.
+    assert (own if run.summary["personal"] else run.metrics["auroc"]) > 0.95
 
 
 def test_a_saved_run_predicts_raw_inputs_as_well_as_its_summary_says(smoke: Callable[..., RunConfig]) -> None:

@@ -1,0 +1,19 @@
+"""What some strategies need before they run at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.config import RunConfig
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedasync": {"devices.kind": "lognormal"},
+    "fedbuff": {"devices.kind": "lognormal", "strategy-options.buffer-size": 2},
+    "fltrust": {"server-examples": 60},
+    "feddf": {"server-examples": 60},
+}
+
+
+def with_needs(config: RunConfig) -> RunConfig:
+    """Return the configuration with what its strategy cannot do without."""
+    return RunConfig.of({**config.flat(), **SETTINGS.get(config.strategy, {})})
