@@ -68,15 +68,16 @@ class Robust(strategy.FedAvg):
         }
         if update is None:
             return None, None
-        new = {name: self.current[name] + to_numpy(array) for name, array in update.items()}
-        return to_arrays({name: new[name].astype(self.current[name].dtype) for name in new}), metrics
+        moved = {name: to_numpy(array) for name, array in update.items()}
+        new = {name: value + self.current[name] if self.current else value for name, value in moved.items()}
+        return to_arrays({name: value.astype(np.float32) for name, value in new.items()}), metrics
 
     def _mean_update(self, contents: Sequence[RecordDict]) -> RecordDict:
         """Return replies as one, centred: the plain mean of updates and metrics, and the sum of examples."""
         arrays, metrics = WeightedMean(), WeightedMean()
         for content in contents:
             own = {name: to_numpy(array) for name, array in arrays_of(content).items()}
-            own = {name: value - self.current[name] for name, value in own.items()}
+            own = {name: value - self.current.get(name, np.float32(0)) for name, value in own.items()}
             if len(contents) == 1:
                 return RecordDict({records.ARRAYS: to_arrays(own), records.METRICS: _metrics(content),
                                    records.CLIENTS: _columns(content)})  # fmt: skip
