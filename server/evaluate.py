@@ -53,6 +53,17 @@ class Description:
     order: dict[int, int]
     """Client number by node id."""
 
+    def heterogeneity(self, task: Task) -> dict[str, Any]:
+        """Return what heterogeneity.json holds: a row for each client that described itself."""
+        splits = dict(zip(("train", "validation", "test"), zip(*self.sizes, strict=True), strict=True))
+        return {
+            "labels": task.labels,
+            "clients": sorted(self.order.values()),
+            "names": self.names,
+            "label_counts": self.label_counts,
+            "sizes": splits,
+        }
+
     def training_sizes(self, clients: int) -> np.ndarray:
         """Return every client's training examples, (clients,) int64: the mean where one did not describe itself."""
         described = np.array([sizes[0] for sizes in self.sizes])

@@ -140,17 +140,7 @@ class Session:
     def _describe(self) -> Description:
         about = describe(self.grid, self.config, self.task)
         self.grid.order_by(about.order)
-        splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
-        self.folder.write_json(
-            "heterogeneity.json",
-            {
-                "labels": self.task.labels,
-                "clients": sorted(about.order.values()),
-                "names": about.names,
-                "label_counts": about.label_counts,
-                "sizes": splits,
-            },
-        )
+        self.folder.write_json("heterogeneity.json", about.heterogeneity(self.task))
         if about.constants:
             self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
