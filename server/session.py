@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Session:
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()
         self._round_began = time.perf_counter()
-        with contextlib.suppress(_StopEarly):
+        with contextlib.suppress(_StopEarly), _few_to_collect():
             self.strategy.start(
                 self.grid,
                 initial_arrays=self.arrays,
@@ -299,3 +300,17 @@ class Session:
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
+
+
+@contextlib.contextmanager
+def _few_to_collect() -> Iterator[None]:
+    """Leave what is in memory at the start out of garbage collections.
+
+    Some of Flower's rules collect garbage once for every reply; among the objects of torch and Ray that takes a third
+    of a second each time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

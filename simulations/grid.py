@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from core.records import PARTIAL_MEAN, MergedReply, config_of
+from core.records import PARTIAL_MEAN, MergedReply, config_of, refusal
 from simulations.pool import Pool
 from simulations.worker import RUN_ID, Job, Result, node_of, partition_of
 
@@ -28,6 +28,7 @@ class _Shared:
 
     reference: Any
     partial: bool
+    arrays: ArrayRecord
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class _Cohort:
     message_type: str
     messages: list[Message]
     shared: _Shared
+
+    def takes(self, reply: Message) -> bool:
+        """Return whether the reply may enter a mean; what the server would refuse goes to it alone."""
+        return self.shared.partial and reply.has_content() and not refusal(reply.content, self.shared.arrays)
 
 
 class RayGrid(Grid):
@@ -121,7 +126,7 @@ class RayGrid(Grid):
                     self._keep(ticket, result)
             while taken in done:
                 for reply in done.pop(taken):
-                    if cohorts[taken].shared.partial and reply.has_content():
+                    if cohorts[taken].takes(reply):
                         first, mean = merged.setdefault(id(cohorts[taken].shared), (reply, MergedReply()))
                         mean.add(reply.content)
                     else:
@@ -154,7 +159,9 @@ class RayGrid(Grid):
             # The last cohorts to start are the short ones, and like sizes waste no padding.
             order = np.lexsort((nodes, -self._costs[partition_of(nodes)]))
             content = group[0].content
-            shared = _Shared(self._pool.put(content), bool(config_of(content).get(PARTIAL_MEAN)))
+            partial = bool(config_of(content).get(PARTIAL_MEAN))
+            arrays = next(iter(content.array_records.values()), ArrayRecord())
+            shared = _Shared(self._pool.put(content), partial, arrays)
             for start in range(0, len(group), self._cohort_size):
                 cohorts.append(
                     _Cohort(message_type, [group[i] for i in order[start : start + self._cohort_size]], shared)

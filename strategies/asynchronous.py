@@ -1,7 +1,8 @@
 """FedAsync and FedBuff: no rounds; clients finish when their devices do, on the virtual clock (`devices.kind`).
 
 As many clients as a round samples are always at work. One that finishes is replaced at once by another, which begins
-with the global model of that moment; when its answer comes, the model has moved on by its staleness t.
+with the global model of that moment; when its answer comes, the model has moved on by its staleness t. A client whose
+answer waits in a buffer rests until the server has stepped.
 
 - FedAsync (Xie, Koyejo and Gupta, 2019, algorithm 1): x <- (1 - a_t) x + a_t x_k after every answer, with a_t = mixing
   (1 + t)^-staleness_exponent (polynomial).
@@ -77,8 +78,8 @@ class FedBuff(strategy.FedAvg):
         version = server_round - 1
         self.versions[version] = arrays
         nodes = list(grid.get_node_ids())
-        self._launch(version, self.min_train_nodes - len(self.flying), nodes)
         self.due = {}
+        self._launch(version, self.min_train_nodes - len(self.flying), nodes)
         while len(self.due) < min(self.buffer_size, self.min_train_nodes):
             first = min(self.flying)
             self.flying.remove(first)

@@ -35,7 +35,7 @@ class PerFedAvg(Linear):
         def objective(w: Tensors, _: Tensors, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
             inner, outer = _halves(share)
             own = {name: w[name] for name in names}
-            gradient = grad(r.mean_loss)(own, x, y, inner)
+            gradient = _gradient(r, own, x, y, inner)
             if first_order:
                 gradient = {name: g.detach() for name, g in gradient.items()}
             return r.mean_loss({name: p - alpha * gradient[name] for name, p in own.items()}, x, y, outer)
@@ -49,6 +49,15 @@ class PerFedAvg(Linear):
         step, alpha = global_gradient(r), r.options["inner-learning-rate"]
         own = everybody(r.global_params, len(r.batches.steps))
         return {name: p - alpha * step[name] if name in step else p for name, p in own.items()}
+
+
+def _gradient(r: LocalRound, own: Tensors, x: Tensor, y: Tensor, share: Tensor) -> Tensors:
+    """Return the gradient of the mean loss, through which one can differentiate again."""
+    if r.vectorised:
+        return grad(r.mean_loss)(own, x, y, share)
+    # torch.func refuses models that change a buffer.
+    found = torch.autograd.grad(r.mean_loss(own, x, y, share), list(own.values()), create_graph=True)
+    return dict(zip(own, found, strict=True))
 
 
 def _halves(share: Tensor) -> tuple[Tensor, Tensor]:

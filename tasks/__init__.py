@@ -15,6 +15,8 @@ TASKS = {
     "medical": "tasks.medical:Medical",
     "fraud": "tasks.fraud:Fraud",
     "nlp": "tasks.nlp:Nlp",
+    "digits": "tasks.digits:Digits",
+    "synthetic": "tasks.synthetic:Synthetic",
 }
 # What core and server read of a task (tasks/base.py: Task).
 _ATTRIBUTES = ("labels", "metrics", "standardise", "tuned_threshold", "federation", "model", "loss")

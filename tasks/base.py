@@ -83,9 +83,8 @@ def choose(datasets: Mapping[str, Dataset], config: RunConfig) -> tuple[str, Dat
         raise unknown(f"dataset of task {config.task}", name, datasets)
     if config.data_dir and not datasets[name].reads_files:
         with_files = [key for key, dataset in datasets.items() if dataset.reads_files]
-        raise InputError(
-            f"dataset={name} reads no files, so data-dir has no effect; choose dataset={'|'.join(with_files)}."
-        )
+        remedy = f"choose dataset={'|'.join(with_files)}" if with_files else "leave it out"
+        raise InputError(f"dataset={name} reads no files, so data-dir has no effect; {remedy}.")
     return name, datasets[name]
 
 

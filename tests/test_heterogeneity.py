@@ -1,0 +1,173 @@
+"""Strategies against unlike clients, on two parabolas where every number can be checked by hand.
+
+Clients A and B have losses a/2 w^2 and b/2 (w - 2)^2. K local steps of rate r from w lead A to w (1 - r a)^K and B to
+2 + (w - 2) (1 - r b)^K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from core.config import RunConfig
+from simulations.run import simulate
+
+# a = 1 and b = 4: the mean of both is least where w + 4 (w - 2) = 0.
+UNLIKE, OPTIMUM = "1,0,1;2,4,1", 1.6
+Lines = Callable[..., float]
+
+
+@pytest.fixture
+def lines(smoke: Callable[..., RunConfig]) -> Lines:
+    """Return a function from a strategy and settings to the w that the run ends with."""
+
+    def run(strategy: str, dataset: str = UNLIKE, **changes: Any) -> float:
+        options = {key: changes.pop(key) for key in list(changes) if key.startswith("strategy-options")}
+        config = smoke(
+            task="lines:Lines", dataset=dataset, clients=len(dataset.split(";")), strategy=strategy, batch_size=1,
+            engine__cohort_size=2, evaluate_every=1000,
+            **{"rounds": 60, "local_epochs": 10, "learning_rate": 0.1, **changes},
+        )  # fmt: skip
+        weight = simulate(RunConfig.of({**config.flat(), **options})).model().get_submodule("0").weight
+        return float(weight.detach())
+
+    return run
+
+
+def test_fedavg_ends_where_the_drift_of_its_clients_cancels_and_not_at_the_optimum(lines: Lines) -> None:
+    rho_a, rho_b = 0.9**10, 0.6**10
+    assert (1 - rho_b) / (1 - (rho_a + rho_b) / 2) == pytest.approx(1.2083, abs=1e-4)
+    assert lines("fedavg", rounds=20) == pytest.approx(1.2083, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
+def test_scaffold_and_feddyn_reach_the_optimum_however_unlike_the_clients(strategy: str, lines: Lines) -> None:
+    options = {"strategy-options.alpha": 1.0} if strategy == "feddyn" else {}
+    assert lines(strategy, rounds=100, **options) == pytest.approx(OPTIMUM, abs=2e-3)
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
+def test_they_do_so_when_only_one_of_the_clients_takes_part_in_a_round(strategy: str, lines: Lines) -> None:
+    options = {"strategy-options.alpha": 1.0} if strategy == "feddyn" else {}
+    assert lines(strategy, sampled=1, rounds=250, **options) == pytest.approx(OPTIMUM, abs=0.05)
+
+
+def test_two_rounds_of_scaffold_by_hand(lines: Lines) -> None:
+    def local(w: float, a: float, at: float, drift: float) -> float:
+        for _ in range(2):
+            w -= 0.1 * (a * (w - at) + drift)
+        return w
+
+    w, c, own = 0.0, 0.0, [0.0, 0.0]
+    for _ in range(2):
+        ends = [local(w, a, at, c - own[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
+        new = [own[k] - c + (w - ends[k]) / (2 * 0.1) for k in range(2)]
+        c, own, w = c + sum(n - o for n, o in zip(new, own, strict=True)) / 2, new, sum(ends) / 2
+    assert lines("scaffold", rounds=2, local_epochs=2) == pytest.approx(w, abs=1e-6)
+
+
+def test_two_rounds_of_feddyn_by_hand(lines: Lines) -> None:
+    def local(w: float, a: float, at: float, g: float) -> float:
+        origin = w
+        for _ in range(2):
+            w -= 0.1 * (a * (w - at) - g + 0.5 * (w - origin))
+        return w
+
+    w, h, g = 0.0, 0.0, [0.0, 0.0]
+    for _ in range(2):
+        ends = [local(w, a, at, g[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
+        g = [g[k] - 0.5 * (ends[k] - w) for k in range(2)]
+        h -= 0.5 * sum(end - w for end in ends) / 2
+        w = sum(ends) / 2 - h / 0.5
+    found = lines("feddyn", rounds=2, local_epochs=2, **{"strategy-options.alpha": 0.5})
+    assert found == pytest.approx(w, abs=1e-6)
+
+
+def test_fednova_takes_the_pull_of_unequal_numbers_of_steps_out(lines: Lines) -> None:
+    # Both have curvature 1; A has 2 examples and takes 2 steps, B 8 and 8: the optimum is 0.2 * 0 + 0.8 * 2.
+    unequal, settings = "1,0,2;1,2,8", {"local_epochs": 1, "learning_rate": 0.01, "rounds": 120}
+    a, b = (1 - 0.99**2), (1 - 0.99**8)
+    assert lines("fedavg", unequal, **settings) == pytest.approx(1.6 * b / (0.2 * a + 0.8 * b), abs=1e-3)  # 1.879
+    nova = lines("fednova", unequal, **settings)
+    assert nova == pytest.approx(1.6 * (b / 8) / (0.2 * a / 2 + 0.8 * b / 8), abs=1e-3)
+    assert nova == pytest.approx(1.6, abs=0.011)
+
+
+def test_fednova_divides_by_what_steps_with_momentum_add_up_to(lines: Lines) -> None:
+    # One step each: ||a|| is 1 whatever the momentum, and FedNova is FedAvg. Two: a = (1 + rho, 1), with rho = 0.5.
+    assert lines("fednova", momentum=0.5, local_epochs=1, rounds=1) == pytest.approx(0.4, abs=1e-6)
+    # B: velocity -8, w = 0.8; gradient 4 (0.8 - 2) = -4.8, velocity -8.8, w = 1.68. A stays at 0. tau_eff = 2.5.
+    assert lines("fednova", momentum=0.5, local_epochs=2, rounds=1) == pytest.approx(2.5 * (1.68 / 2.5) / 2, abs=1e-6)
+
+
+def test_fedprox_stays_nearer_to_the_global_model(lines: Lines) -> None:
+    # With mu = 1 the step of A is w -= 0.1 (w + (w - w0)): one round from w0 = 0 leaves A at 0; B by hand.
+    w = 0.0
+    for _ in range(3):
+        w -= 0.1 * (4 * (w - 2) + w)
+    found = lines("fedprox", rounds=1, local_epochs=3, **{"strategy-options.proximal-mu": 1.0})
+    assert found == pytest.approx(w / 2, abs=1e-6)
+
+
+def test_two_rounds_of_mime_lite_by_hand(lines: Lines) -> None:
+    clients = [(1.0, 0.0), (4.0, 2.0)]
+    w, m = 0.0, 0.0
+    for _ in range(2):
+        ends = []
+        for a, at in clients:
+            y = w
+            for _ in range(2):
+                y -= 0.1 * (0.5 * a * (y - at) + 0.5 * m)
+            ends.append(y)
+        m = 0.5 * sum(a * (w - at) for a, at in clients) / 2 + 0.5 * m
+        w = sum(ends) / 2
+    found = lines("mimelite", rounds=2, local_epochs=2, **{"strategy-options.server-momentum": 0.5})
+    assert found == pytest.approx(w, abs=1e-6)
+
+
+def _losses(w: float) -> tuple[float, float]:
+    return w**2 / 2, 2 * (w - 2) ** 2
+
+
+def test_qfedavg_narrows_the_spread_of_losses(lines: Lines) -> None:
+    settings = {"rounds": 100, "local_epochs": 1}
+    spreads = []
+    for q in (0.0, 1.0, 5.0):
+        a, b = _losses(lines("qfedavg", **settings, **{"strategy-options.q": q}))
+        spreads.append(abs(a - b))
+    assert spreads[0] > 1.5 * spreads[1] > 1.5 * spreads[2]
+
+
+def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(lines: Lines) -> None:
+    # w^2 / 2 = 2 (w - 2)^2 where w = 4/3: no mixture of the two has a greater least loss.
+    found = lines("agnostic", rounds=200, local_epochs=1, **{"strategy-options.lambda-learning-rate": 0.05})
+    assert found == pytest.approx(4 / 3, abs=0.02)
+
+
+def test_the_simplex_projection_is_the_nearest_point() -> None:
+    import numpy as np
+
+    from strategies.agnostic import project
+
+    assert project(np.array([0.5, 0.5])).tolist() == [0.5, 0.5]
+    assert project(np.array([2.0, 0.0])).tolist() == [1.0, 0.0]
+    assert project(np.array([0.8, 0.6, -1.0])) == pytest.approx([0.6, 0.4, 0.0])
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "mimelite", "fednova"])
+def test_an_optimiser_that_a_papers_formula_does_not_hold_for_is_refused(strategy: str, lines: Lines) -> None:
+    from core.errors import InputError
+
+    with pytest.raises(InputError, match=r"optimizer=adam .* set optimizer=sgd momentum=0"):
+        lines(strategy, optimizer="adam")
+
+
+def test_equal_clients_make_scaffold_fednova_and_feddyns_first_round_fedavg(lines: Lines) -> None:
+    same = {"dataset": "2,4,1;2,4,1", "rounds": 1, "local_epochs": 3}
+    plain = lines("fedavg", **same)
+    assert lines("scaffold", **same) == pytest.approx(plain)
+    assert lines("fednova", **same) == pytest.approx(plain)
+    assert torch.tensor(plain).isfinite()

@@ -1,0 +1,183 @@
+"""Robust rules on updates small enough to check by hand, and against the attacks they are for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+from flwr.supercore.task_identity import TaskIdentity
+
+from core.config import RunConfig
+from core.errors import InputError
+from core.records import CLIENTS, to_arrays, to_numpy
+from server.build import build_strategy
+from simulations.run import simulate
+from strategies.clipping import geometric_median_weights
+from strategies.median import median
+
+Smoke = Callable[..., RunConfig]
+
+
+def _rule(name: str, updates: np.ndarray, current: np.ndarray | float = 0.0, **options: Any) -> tuple[Any, np.ndarray]:
+    """Return the strategy and the model it makes of `current` and clients with updates (n, d) of ten examples each."""
+    flat = {f"strategy-options.{key.replace('_', '-')}": value for key, value in options.items()}
+    rule: Any = build_strategy(RunConfig.of({"strategy": name, "clients": len(updates), **flat}))
+    origin = np.broadcast_to(np.float32(current), updates.shape[1:]).astype(np.float32)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    rule.current = {"w": origin}
+    arrays, _ = rule.aggregate_train(1, [_reply(k, origin + u) for k, u in enumerate(updates)])
+    return rule, to_numpy(arrays["w"])
+
+
+def _reply(client: int, weights: np.ndarray) -> Message:
+    content = RecordDict(
+        {
+            "arrays": to_arrays({"w": weights.astype(np.float32)}),
+            "metrics": MetricRecord({"num-examples": 10, "train-loss": 0.5}),
+            CLIENTS: ConfigRecord({"client": [client], "num-examples": [10]}),
+        }
+    )
+    return Message(content, reply_to=Message(RecordDict(), client + 2, "train"))
+
+
+HONEST = np.array([[1.0, 0.0], [1.2, 0.1], [0.8, -0.1], [1.1, 0.0], [0.9, 0.05]])
+HOSTILE = np.array([[-50.0, 80.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fedmedian", {}), ("fedtrimmedavg", {}), ("krum", {"num_malicious_nodes": 1}),
+        ("multikrum", {"num_malicious_nodes": 1}), ("rfa", {}), ("centredclipping", {}), ("normclipping", {}),
+    ],
+)  # fmt: skip
+def test_one_hostile_update_among_six_moves_a_robust_rule_little(name: str, options: dict[str, Any]) -> None:
+    _, found = _rule(name, np.concatenate([HONEST, HOSTILE]), **options)
+    assert np.linalg.norm(found - HONEST.mean(0)) < 0.8
+
+
+def test_a_mean_is_moved_far() -> None:
+    assert np.linalg.norm(np.concatenate([HONEST, HOSTILE]).mean(0) - HONEST.mean(0)) > 15
+
+
+@pytest.mark.parametrize("n", range(1, 26))
+def test_the_sorting_network_gives_numpys_median_bit_for_bit(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=(n, 20_000)).astype(np.float32)
+    values[:, :3] = [[0.0], [-0.0], [7.0]][0]
+    assert median(values).tobytes() == np.median(values, axis=0).astype(np.float32).tobytes()
+
+
+def test_the_median_is_flowers() -> None:
+    updates = np.random.default_rng(0).normal(size=(7, 50))
+    _, ours = _rule("fedmedian", updates)
+    theirs, _ = flower.FedMedian().aggregate_train(1, [_reply(k, u) for k, u in enumerate(updates)])
+    assert isinstance(theirs, ArrayRecord)
+    assert ours.tobytes() == theirs["w"].numpy().tobytes()
+
+
+def test_krum_sees_updates_where_flowers_sees_models() -> None:
+    # Six honest clients agree to within 1e-4, two hostile ones are 0.2 away, and the model itself is large: squared
+    # distances between models in float32 are rounding.
+    rng = np.random.default_rng(3)
+    honest = 0.01 + 1e-4 * rng.normal(size=(6, 2000))
+    updates = np.concatenate([-0.2 + 0.05 * rng.normal(size=(2, 2000)), honest])
+    current = 300 * rng.normal(size=2000)
+    rule, found = _rule("krum", updates, current, num_malicious_nodes=2)
+    assert [client for client, share in rule.influence.items() if share] != []
+    assert all(client >= 2 for client, share in rule.influence.items() if share)
+    assert np.abs(found - current - 0.01).max() < 1e-3
+
+
+def test_multi_krum_and_bulyan_say_whom_they_selected() -> None:
+    hostile = np.concatenate([HONEST, HONEST + 0.01, HOSTILE])
+    rule, _ = _rule("multikrum", hostile, num_malicious_nodes=1)
+    assert rule.influence == pytest.approx({**dict.fromkeys(range(10), 0.1), 10: 0.0})
+    rule, _ = _rule("bulyan", hostile, num_malicious_nodes=1)
+    assert rule.influence[10] == 0
+    assert sum(share > 0 for share in rule.influence.values()) == 9
+
+
+def test_the_geometric_median_of_a_line_is_its_middle_point_and_of_a_triangle_fermats() -> None:
+    line = np.array([[0.0], [1.0], [10.0]])
+    weights = geometric_median_weights(line, np.full(3, 1 / 3), 200, 1e-9)
+    assert weights @ line == pytest.approx([1.0], abs=1e-3)
+    corner = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    # All sides are seen at 120 degrees from (x, x) with x = (3 - sqrt(3)) / 6.
+    weights = geometric_median_weights(corner, np.full(3, 1 / 3), 200, 1e-9)
+    assert weights @ corner == pytest.approx([(3 - 3**0.5) / 6] * 2, abs=1e-6)
+
+
+def test_norm_clipping_by_hand() -> None:
+    updates = np.array([[3.0, 4.0], [0.6, 0.8], [0.0, -1.0]])
+    _, found = _rule("normclipping", updates, radius=2.0)
+    assert found == pytest.approx([(1.2 + 0.6) / 3, (1.6 + 0.8 - 1.0) / 3], abs=1e-6)
+    # Without a radius it is the median length, 1.
+    _, found = _rule("normclipping", updates)
+    assert found == pytest.approx([(0.6 + 0.6) / 3, (0.8 + 0.8 - 1.0) / 3], abs=1e-6)
+
+
+def test_centred_clipping_by_hand() -> None:
+    # One iteration from 0 with radius 1: (3, 4) counts as (0.6, 0.8).
+    rule, found = _rule("centredclipping", np.array([[3.0, 4.0], [0.6, 0.0]]), radius=1.0, iterations=1)
+    assert found == pytest.approx([0.6, 0.4], abs=1e-6)
+    assert rule.last == pytest.approx([0.6, 0.4], abs=1e-6)
+
+
+def test_buckets_average_before_the_rule_sees_them() -> None:
+    random.seed(0)
+    updates = np.array([[1.0], [2.0], [3.0], [4.0]])
+    rule, found = _rule("fedmedian", updates, bucket_size=4)
+    assert found == pytest.approx([2.5])
+    rule, found = _rule("multikrum", updates, bucket_size=2, num_nodes_to_select=9)
+    assert found == pytest.approx([2.5])
+    assert rule.influence == pytest.approx(dict.fromkeys(range(4), 0.25))
+    with pytest.raises(InputError, match="bucket-size must be at least 1"):
+        _rule("rfa", updates, bucket_size=0)
+
+
+def test_a_rule_moves_the_global_model_by_what_it_made_of_the_updates() -> None:
+    for name in ("fedmedian", "fedtrimmedavg", "krum", "rfa", "normclipping", "centredclipping"):
+        _, from_zero = _rule(name, HONEST)
+        _, from_there = _rule(name, HONEST, 5.0)
+        assert from_there - 5 == pytest.approx(from_zero, abs=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", ["fltrust", "feddf"])
+def test_a_strategy_that_trains_on_the_servers_examples_asks_for_some(strategy: str, smoke: Smoke) -> None:
+    with pytest.raises(InputError, match=f"{strategy} trains on examples of the server's own; set server-examples="):
+        simulate(smoke(strategy=strategy))
+
+
+def test_the_servers_examples_are_no_clients(smoke: Smoke) -> None:
+    from server.build import check
+
+    without, with_ = check(smoke()), check(smoke(server_examples=50))
+    assert with_.server is not None
+    assert len(with_.server) == 50
+
+    def count(federation: Any) -> int:
+        return sum(len(split.y) for split in (federation.train, federation.validation, federation.test))
+
+    assert count(with_) == count(without) - 50
+    assert len(with_.central) == len(without.central)
+    rows = {row.tobytes() for split in (with_.train, with_.validation, with_.test) for row in split.x}
+    assert not rows & {row.tobytes() for row in with_.server.x}
+
+
+def test_fltrust_does_not_trust_those_who_go_the_other_way(smoke: Smoke) -> None:
+    attacked = smoke(strategy="fltrust", server_examples=60, clients=5, rounds=4)
+    attacked = RunConfig.of({**attacked.flat(), "attack.kind": "sign-flip", "attack.fraction": 0.4})
+    run = simulate(attacked)
+    assert run.summary["attack"]["selected"] == 0
+    assert run.metrics["accuracy"] > 0.9
+
+
+def test_feddf_comes_nearer_to_its_ensemble_than_the_mean_of_models_is(smoke: Smoke) -> None:
+    settings = {"clients": 4, "rounds": 1, "local_epochs": 20, "server_examples": 120, "partition__kind": "shards"}
+    mean, distilled = (simulate(smoke(strategy=name, **settings)).metrics["loss"] for name in ("fedavg", "feddf"))
+    assert distilled < mean

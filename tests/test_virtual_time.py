@@ -1,0 +1,168 @@
+"""The virtual clock: seconds by hand from a trace, deadlines, over-selection, lost answers, and runs without rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from core.config import RunConfig
+from core.devices import Devices
+from core.errors import InputError
+from simulations.run import Run, resume, simulate
+
+Smoke = Callable[..., RunConfig]
+# Seconds an example: client 0 takes 1, client 1 takes 3. Nothing is moved in no time to speak of.
+TRACE = "seconds_per_example,uplink_bytes_per_second,downlink_bytes_per_second\n1,1e12,1e12\n3,1e12,1e12\n"
+TWO = "1,0,1;2,4,1"
+
+
+@pytest.fixture
+def two(smoke: Smoke, tmp_path: Path) -> Callable[..., Run]:
+    """Return a function that runs the two parabolas on the two devices, jitter apart."""
+    (tmp_path / "trace.csv").write_text(TRACE)
+
+    def run(strategy: str = "fedavg", **changes: Any) -> Run:
+        options = {key: changes.pop(key) for key in list(changes) if "." in key}
+        config = smoke(
+            task="lines:Lines", dataset=TWO, clients=2, strategy=strategy, batch_size=1,
+            learning_rate=0.1, engine__cohort_size=2, devices__kind="trace", devices__jitter=0,
+            devices__trace=str(tmp_path / "trace.csv"), **{"rounds": 2, "local_epochs": 1, **changes},
+        )  # fmt: skip
+        return simulate(RunConfig.of({**config.flat(), **options}))
+
+    return run
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
+
+
+def _weight(run: Run) -> float:
+    return float(run.model().get_submodule("0").weight.detach())
+
+
+def test_a_round_takes_as_long_as_its_slowest_client(two: Callable[..., Run]) -> None:
+    run = two(local_epochs=2)
+    assert run.summary["virtual_seconds"] == pytest.approx(12, abs=1e-3)
+    assert [row["virtual_round_seconds"] for row in _rows(run)] == pytest.approx([6, 6], abs=1e-3)
+    assert [row["virtual_seconds"] for row in _rows(run)] == pytest.approx([6, 12], abs=1e-3)
+
+
+def test_what_is_not_there_at_the_deadline_is_lost(two: Callable[..., Run]) -> None:
+    run = two(**{"devices.deadline-seconds": 2.0})
+    assert run.summary["answers"] == {"lost": 2, "rejected": 0}
+    assert run.summary["virtual_seconds"] == pytest.approx(4)
+    # Only client 0, whose loss is least at 0, where the model begins.
+    assert _weight(run) == 0
+    assert _rows(run)[0]["failures"] == [{"client": 1, "reason": "client 1: it did not finish in time"}]
+
+
+def test_or_counts_as_far_as_it_came(two: Callable[..., Run]) -> None:
+    run = two(rounds=1, local_epochs=4, **{"devices.deadline-seconds": 7.0, "faults.late": "partial"})
+    # Client 1 does two of its four steps in 7 seconds: w = 2 - 2 * 0.6^2.
+    assert run.summary["answers"]["lost"] == 0
+    assert _weight(run) == pytest.approx((2 - 2 * 0.6**2) / 2, abs=1e-6)
+    assert run.summary["virtual_seconds"] == pytest.approx(7)
+
+
+def test_over_selection_takes_the_first_to_answer(two: Callable[..., Run]) -> None:
+    run = two(sampled=1, **{"sampling.over-selection": 2.0})
+    assert [row["sampled"] for row in _rows(run)] == [2, 2]
+    assert run.summary["answers"]["lost"] == 2
+    assert run.summary["virtual_seconds"] == pytest.approx(2, abs=1e-3)
+    assert _weight(run) == 0
+
+
+def test_fedasync_by_hand(two: Callable[..., Run]) -> None:
+    # Both begin with w = 0, where A's loss is least: its answers after 1 and 2 seconds move nothing. After 3 come B's,
+    # begun with version 0 and so stale by 2, and A's third.
+    run = two("fedasync", rounds=2, **{"strategy-options.mixing": 0.5})
+    assert run.summary["virtual_seconds"] == pytest.approx(2, abs=1e-3)
+    assert _weight(run) == 0
+    run = two("fedasync", rounds=3, **{"strategy-options.mixing": 0.5})
+    assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
+    assert _weight(run) == pytest.approx(0.5 * 3**-0.5 * 0.8, abs=1e-6)
+
+
+def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
+    # A's answer after 1 second waits for B's after 3, both begun with w = 0.
+    run = two("fedbuff", rounds=1, **{"strategy-options.buffer-size": 2})
+    assert _weight(run) == pytest.approx((0 + 0.8) / 2, abs=1e-6)
+    assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fedasync", "fedbuff"])
+def test_a_run_without_rounds_is_resumed_with_the_same_bits(strategy: str, smoke: Smoke) -> None:
+    from test_resume import _assert_same, _stopped_after
+
+    config = smoke(strategy=strategy, devices__kind="lognormal", rounds=6, sampled=3)
+    whole, folder = simulate(config), _stopped_after(config, 3)
+    resume(folder)
+    _assert_same(whole.path, folder)
+
+
+def test_asynchronous_strategies_need_a_clock_and_no_rounds(smoke: Smoke) -> None:
+    with pytest.raises(InputError, match=r"fedbuff needs virtual time; set devices.kind=lognormal"):
+        simulate(smoke(strategy="fedbuff"))
+    with pytest.raises(InputError, match="fedasync has no rounds"):
+        simulate(smoke(strategy="fedasync", devices__kind="lognormal", devices__deadline_seconds=1.0))
+    with pytest.raises(InputError, match=r"devices.deadline-seconds needs virtual time"):
+        simulate(smoke(devices__deadline_seconds=1.0))
+
+
+def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) -> None:
+    config = RunConfig.of({
+        **smoke(clients=2000, local_epochs=4).flat(), "faults.dropout": 0.25, "faults.stragglers": 0.5,
+        "devices.kind": "lognormal", "devices.availability": 0.8,
+    })  # fmt: skip
+    n, full = 2000, np.full(2000, 8)
+    sizes = np.full(n, 32)
+    work = Devices(config).work(3, range(n), sizes, full, 0, 0, 0.0)
+    reasons = pd.Series(work.reasons).value_counts(normalize=True)
+    assert reasons["it cannot be reached in this round"] == pytest.approx(0.2, abs=0.03)
+    assert reasons["its answer was lost"] == pytest.approx(0.8 * 0.25, abs=0.03)
+    # A straggler draws 1 to 4 of 4 epochs: three quarters of them fall short and are late.
+    assert reasons["it did not finish in time"] == pytest.approx(0.8 * 0.75 * 0.5 * 0.75, abs=0.03)
+    partial = Devices(config.with_(faults__late="partial")).work(3, range(n), sizes, full, 0, 0, 0.0)
+    done = pd.Series(partial.steps[partial.steps > 0]).value_counts(normalize=True)
+    assert sorted(done.index) == [2, 4, 6, 8]
+    assert done[2] == pytest.approx(0.125, abs=0.03)
+
+
+def test_devices_are_lognormal_and_their_own_whoever_else_is_asked(smoke: Smoke) -> None:
+    config = smoke(clients=5000, devices__kind="lognormal", devices__compute_spread=0.7)
+    devices = Devices(config)
+    logs = np.log(devices.columns["seconds_per_example"] / 0.001)
+    assert (logs.mean(), logs.std()) == pytest.approx((0, 0.7), abs=0.03)
+    some = np.array([7, 4000])
+    alone = devices.seconds(2, some[1:], np.array([10]), 1000, 500)
+    assert devices.seconds(2, some, np.array([10, 10]), 1000, 500)[1] == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speed\n1\n", "has columns speed; give one of seconds_per_example"),
+        ("seconds_per_example\n1\n", "has 1 rows for 4 clients"),
+        ("seconds_per_example\n1\n-2\n1\n1\n", r"column seconds_per_example, row 2: .*-2.* is not a number above 0"),
+    ],
+)
+def test_a_trace_that_cannot_be_used_is_one_sentence(text: str, words: str, smoke: Smoke, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        simulate(smoke(devices__kind="trace", devices__trace=str(tmp_path / "t.csv")))
+
+
+def test_a_round_in_which_nobody_answers_leaves_the_model_and_goes_on(smoke: Smoke) -> None:
+    for strategy in ("fedavg", "scaffold", "fedadam", "fedmedian", "qfedavg", "ifca", "agnostic"):
+        run = simulate(smoke(strategy=strategy, rounds=6, clients=4, sampled=1, faults__dropout=0.7))
+        rows = _rows(run)
+        assert run.summary["status"] == "completed"
+        assert not all(row["aggregated"] for row in rows)
+        assert run.summary["answers"]["lost"] == sum(row["lost"] for row in rows)
