@@ -14,7 +14,7 @@ from torch.func import functional_call
 from client import replies
 from client.replies import Reply
 from client.setting import Setting, client_of, epochs_of, inputs, open_setting, received
-from core import records
+from core import adversary, records
 from core.metrics import score_counts, score_each, weighted_means
 from core.records import Tensors
 from core.seeding import derive
@@ -26,19 +26,24 @@ from tasks.base import predict, probabilities
 def evaluate(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     """Return each client's metrics on the split that the message names (test by default).
 
-    They are those of the global model, or of the client's own where the strategy or `fine-tune-epochs` makes one.
+    They are those of the global model, or of the client's own where the strategy or `fine-tune-epochs` makes one. On
+    the training examples it is the global model's loss alone, by which a server may choose clients.
     """
     setting = open_setting(contexts)
     task, config = setting.task, records.config_of(content)
     clients = [client_of(context) for context in contexts]
     split = str(config.get(records.SPLIT, "test"))
     x, y, sizes = inputs(setting, split, clients, config)
-    if setting.half.personal_model or setting.config.fine_tune_epochs:
+    names: Sequence[str] = task.metrics
+    if split == "train":
+        names = ("loss",)
+        x, y = adversary.poisoned(setting.config, x, y, sizes, clients, len(task.labels))
+    if split != "train" and (setting.half.personal_model or setting.config.fine_tune_epochs):
         p = _predict_each(setting, _personal(setting, content, contexts, clients), x, sizes)
     else:
         params, _ = received(content, setting)
         p = predict(records.load_into(setting.model, params), torch.from_numpy(x))
-    each = score_each(p, y, sizes, task.metrics, float(config.get(records.THRESHOLD, 0.5)))
+    each = score_each(p, y, sizes, names, float(config.get(records.THRESHOLD, 0.5)))
     # One answer for the cohort where the server takes that, with a column for each metric.
     groups = [list(range(len(clients)))] if config.get(records.PARTIAL_MEAN) else [[i] for i in range(len(clients))]
     answers: list[Reply] = []

@@ -86,7 +86,7 @@ class Sampling(Section):
         "uniform", description="How a round's clients are chosen: `fedra list` explains each kind."
     )
     candidates: float = Field(
-        2.0, ge=1, description="For power-of-choice: candidates for each place; 1 is uniform, 2 to 4 is usual."
+        2.0, ge=1, description="For power-of-choice: candidates for each place; 1 ignores the loss, 2 to 4 is usual."
     )
     exploration: float = Field(0.1, ge=0, le=1, description="For oort: share of places for clients never seen.")
     over_selection: float = Field(

@@ -30,7 +30,7 @@ class ServerSide:
     """The `server-examples`, standardised; None where there are none."""
     devices: Devices | None
     sizes: np.ndarray
-    """Training examples of each client that described itself, (clients,) int64."""
+    """Training examples of each client, (clients,) int64; the mean for those that were not asked."""
     client_of: Callable[[int], int]
     """Node id -> number of its client."""
 

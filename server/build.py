@@ -20,6 +20,8 @@ from tasks.source import federation_of
 
 # Options that repeat the clients' learning rate take it from the run unless they are given.
 _CLIENT_RATE = ("client-learning-rate", "eta-l")
+# What Flower's strategies sample by.
+_SAMPLING = {"fraction_train", "min_train_nodes", "min_available_nodes"}
 
 
 def check(config: RunConfig) -> Federation:
@@ -72,11 +74,13 @@ def build_strategy(config: RunConfig) -> Strategy:
     sampled = asked(config)
     chosen: dict[str, Any] = {key: config.learning_rate for key in _CLIENT_RATE if key in options}
     chosen |= config.strategy_options
-    # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy.
+    uniform = config.sampling.kind == "uniform"
+    # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy. So is any
+    # selection that is not uniform (server/selection.py): the strategy takes all it is offered, be it nobody.
     plumbing = {
-        "fraction_train": sampled / config.clients,
-        "min_train_nodes": sampled,
-        "min_available_nodes": config.clients,
+        "fraction_train": sampled / config.clients if uniform else 1.0,
+        "min_train_nodes": sampled if uniform else 0,
+        "min_available_nodes": config.clients if uniform else 0,
         "fraction_evaluate": 0.0,
         "min_evaluate_nodes": 0,
     }
@@ -89,6 +93,9 @@ def build_strategy(config: RunConfig) -> Strategy:
         raise InputError(
             f"strategy '{config.strategy}' refuses its options {config.strategy_options}: {error}"
         ) from None
+    if not uniform:
+        # One that does not take these from outside would wait for ever for clients that it is not offered.
+        vars(strategy).update({name: plumbing[name] for name in vars(strategy).keys() & _SAMPLING})
     _check_enough(strategy, config, sampled)
     return strategy
 

@@ -53,6 +53,24 @@ class Description:
     order: dict[int, int]
     """Client number by node id."""
 
+    def heterogeneity(self, task: Task) -> dict[str, Any]:
+        """Return what heterogeneity.json holds: a row for each client that described itself."""
+        splits = dict(zip(("train", "validation", "test"), zip(*self.sizes, strict=True), strict=True))
+        return {
+            "labels": task.labels,
+            "clients": sorted(self.order.values()),
+            "names": self.names,
+            "label_counts": self.label_counts,
+            "sizes": splits,
+        }
+
+    def training_sizes(self, clients: int) -> np.ndarray:
+        """Return every client's training examples, (clients,) int64: the mean where one did not describe itself."""
+        described = np.array([sizes[0] for sizes in self.sizes])
+        sizes = np.full(clients, round(described.mean()))
+        sizes[list(self.order.values())] = described
+        return sizes
+
     def config(self) -> dict[str, list[float]]:
         """Return the constants as they stand in a message's config."""
         return {records.CONSTANTS + name: values for name, values in self.constants.items()}
@@ -135,9 +153,14 @@ class Evaluator:
     def _metrics(self, columns: Columns) -> dict[str, np.ndarray]:
         return {name: np.array(columns[name]) for name in self._task.metrics}
 
+    def losses(self, server_round: int, arrays: ArrayRecord, nodes: Sequence[int], timeout: float) -> Columns:
+        """Return the loss of the global model on the training examples of those clients that answer, by client."""
+        return _columns(self._ask(server_round, arrays, "train", 0.5, timeout, nodes))
+
     def _ask(
-        self, server_round: int, arrays: ArrayRecord, split: str, threshold: float, timeout: float
-    ) -> list[RecordDict]:
+        self, server_round: int, arrays: ArrayRecord, split: str, threshold: float, timeout: float,
+        nodes: Sequence[int] | None = None,
+    ) -> list[RecordDict]:  # fmt: skip
         config = ConfigRecord(
             {
                 records.SERVER_ROUND: server_round,
@@ -148,7 +171,7 @@ class Evaluator:
             }
         )
         content = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
-        messages = [Message(content, node, "evaluate") for node in self._nodes]
+        messages = [Message(content, node, "evaluate") for node in (self._nodes if nodes is None else nodes)]
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         if all(reply.has_error() for reply in replies):
             reason = str(replies[0].error.reason) if replies else "none answered in timeout-seconds"

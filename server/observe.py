@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -14,6 +16,8 @@ from core import records
 from core.config import RunConfig
 from server.intake import REJECTED, take_in
 
+# How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
+PATIENCE = 10
 COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
 
 
@@ -39,6 +43,12 @@ class Observed:
     """Bytes of arrays to the clients and, below, back: as if every client had its own connection."""
     uplink_bytes: int = 0
 
+    @property
+    def mean_loss(self) -> float:
+        """Return the clients' training loss, weighted by examples; nan where nobody trained."""
+        weights = self.clients["num_examples"]
+        return float(np.average(self.clients["train_loss"], weights=weights)) if weights else float("nan")
+
 
 class ObservedGrid(Grid):
     """Wraps any Flower Grid. Strategies see a Grid; the recorder sees what happened in the round."""
@@ -53,6 +63,8 @@ class ObservedGrid(Grid):
         """Of the run, once there is one: how updates are encoded, and when a round ends."""
         self.before_training: Callable[[list[Message]], None] | None = None
         """Hears of a round's messages before they are sent."""
+        self._offered: Sequence[int] | None = None
+        self._listed = 0
         self._observed = Observed()
         self._payload: tuple[RecordDict | None, int] = (None, 0)
         self._trained_on: dict[int, RecordDict] = {}
@@ -66,6 +78,15 @@ class ObservedGrid(Grid):
     def numbered(self) -> bool:
         """Return whether the wrapped grid lists its nodes in the order of their clients."""
         return hasattr(self.inner, "client_of")
+
+    @contextmanager
+    def offering(self, nodes: Sequence[int]) -> Iterator[None]:
+        """List these nodes alone meanwhile."""
+        self._offered, self._listed = nodes, 0
+        try:
+            yield
+        finally:
+            self._offered = None
 
     def take(self) -> Observed:
         """Return what was observed since the last call, and start anew."""
@@ -93,7 +114,15 @@ class ObservedGrid(Grid):
         return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the node ids, in the order of their clients once that is known."""
+        """Return the node ids, in the order of their clients once that is known; while some are offered, those."""
+        if self._offered is not None:
+            self._listed += 1
+            if self._listed > PATIENCE:
+                raise RuntimeError(
+                    f"the strategy waits for more clients than the {len(self._offered)} that this round offers; "
+                    "let its min_available_nodes be 0, or set sampling.kind=uniform"
+                )
+            return self._offered
         nodes = self.inner.get_node_ids()
         return nodes if self.numbered or self._client_of is None else sorted(nodes, key=self._client_of)
 
@@ -109,9 +138,10 @@ class ObservedGrid(Grid):
         """Send the messages, wait for the replies and count both."""
         replies = self.inner.send_and_receive(self._sent(messages), timeout=timeout)
         # Flower's own grids return replies as they arrive; a sum of floats must not depend on that.
-        return self._received(sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id)))
+        return self._received(sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id)))
 
-    def _place(self, node: int) -> int:
+    def client_of(self, node: int) -> int:
+        """Return the number of a node's client; the node id itself before that is known."""
         return node if self._client_of is None else self._client_of(node)
 
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
@@ -137,14 +167,14 @@ class ObservedGrid(Grid):
                 sent = next(iter(content.array_records.values()), ArrayRecord())
                 take_in(reply, sent, self.config, records.server_round(content) or 0)
             if reply.has_error():
-                client = self._place(reply.metadata.src_node_id)
+                client = self.client_of(reply.metadata.src_node_id)
                 self._observed.failures.append({"client": client, "reason": str(reply.error.reason)})
                 self._observed.lost += reply.error.code == records.LOST
                 self._observed.rejected += str(reply.error.reason).startswith(REJECTED)
                 continue
             content = reply.content
             rows: dict[str, Any] = dict(content.config_records.get(records.CLIENTS, ConfigRecord()))
-            covered = rows.get(records.CLIENT, [self._place(reply.metadata.src_node_id)])
+            covered = rows.get(records.CLIENT, [self.client_of(reply.metadata.src_node_id)])
             each = rows.get(records.UPLINK_BYTES) or [records.array_bytes(content)] * len(covered)
             self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":

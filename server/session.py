@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
@@ -28,6 +27,7 @@ from server.evaluate import Description, Evaluation, Evaluator, describe
 from server.malice import Malice
 from server.observe import Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
+from server.selection import Selection
 from server.virtual import VirtualClock
 from strategies import is_personal, makes_partial_means
 from tasks import load, standardise
@@ -65,6 +65,7 @@ class Session:
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
         self.malice = Malice(config)
+        self.selection = Selection(config)
         self.checkpoints = checkpoints.Writer(folder.checkpoints)
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
         self.saved = folder.last_checkpoint()
@@ -140,17 +141,7 @@ class Session:
     def _describe(self) -> Description:
         about = describe(self.grid, self.config, self.task)
         self.grid.order_by(about.order)
-        splits = dict(zip(("train", "validation", "test"), zip(*about.sizes, strict=True), strict=True))
-        self.folder.write_json(
-            "heterogeneity.json",
-            {
-                "labels": self.task.labels,
-                "clients": sorted(about.order.values()),
-                "names": about.names,
-                "label_counts": about.label_counts,
-                "sizes": splits,
-            },
-        )
+        self.folder.write_json("heterogeneity.json", about.heterogeneity(self.task))
         if about.constants:
             self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
@@ -161,8 +152,8 @@ class Session:
             loss=self.task.loss,
             data=self._own_examples(about),
             devices=devices_of(self.config),
-            sizes=np.array([sizes[0] for sizes in about.sizes]),
-            client_of=about.order.__getitem__,
+            sizes=about.training_sizes(self.config.clients),
+            client_of=self.grid.client_of,
         )
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
@@ -170,6 +161,7 @@ class Session:
             self.strategy.set_up(server)
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
+        self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
         return about
 
     def _own_examples(self, about: Description) -> Split | None:
@@ -197,14 +189,15 @@ class Session:
             "sampled": observed.sampled,
             "failed": len(observed.failures),
             "failures": observed.failures[:5],
-            "train_loss": _mean_loss(observed),
+            "train_loss": observed.mean_loss,
             # False where the strategy made no new model, as Bulyan does when too few clients answered.
             "aggregated": arrays is not self.arrays,
             "lost": observed.lost,
             "rejected": observed.rejected,
         }
-        if (virtual := self._advance(observed)) is not None:
-            row |= {"virtual_round_seconds": virtual, "virtual_seconds": self.virtual and self.virtual.seconds}
+        if self.virtual and (virtual := self.virtual.advance(observed, self.strategy)) is not None:
+            row |= {"virtual_round_seconds": virtual, "virtual_seconds": self.virtual.seconds}
+        self.selection.observe(number, observed.clients)
         row |= self.malice.observe(observed.clients["client"], getattr(self.strategy, "influence", None))
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
@@ -268,14 +261,6 @@ class Session:
             self.stopped_by = f"no better {stopping.metric} for {since} evaluations"
         return bool(self.stopped_by)
 
-    def _advance(self, observed: Observed) -> float | None:
-        """Let virtual time pass; a strategy that works without rounds keeps time itself."""
-        assert self.virtual is not None
-        if self.virtual.seconds is None or not hasattr(self.strategy, "virtual_seconds"):
-            return self.virtual.advance(observed)
-        took, self.virtual.seconds = self.strategy.virtual_seconds - self.virtual.seconds, self.strategy.virtual_seconds
-        return float(took)
-
     def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
         """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
         # That everybody was out of reach is what the configured faults may do, and not the end of the run.
@@ -299,6 +284,7 @@ class Session:
             "answers": self.answers,
             "virtual_seconds": self.virtual.seconds if self.virtual else None,
             "malice": self.malice.totals,
+            "selection": self.selection.state(),
         }
         states = self.grid.client_states
         self.checkpoints.save(checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress))
@@ -312,6 +298,7 @@ class Session:
         self.clock = Clock(progress["seconds"])
         self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
         self.malice.totals = progress["malice"]
+        self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
 
 
@@ -327,8 +314,3 @@ def _few_to_collect() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _mean_loss(observed: Observed) -> float:
-    weights = observed.clients["num_examples"]
-    return float(np.average(observed.clients["train_loss"], weights=weights)) if weights else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from flwr.app import Message
+from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
@@ -37,10 +38,16 @@ class VirtualClock:
         for each in {id(message.content): message.content for message in messages}.values():
             each.config_records[records.CONFIG][records.DEADLINE] = self._deadline
 
-    def advance(self, observed: Observed) -> float | None:
-        """Count the round that was observed and return its virtual seconds: until the last answer or the deadline."""
+    def advance(self, observed: Observed, strategy: Strategy) -> float | None:
+        """Count the round that was observed and return its virtual seconds: until the last answer or the deadline.
+
+        A strategy that works without rounds keeps time itself.
+        """
         if self.seconds is None:
             return None
+        if hasattr(strategy, "virtual_seconds"):
+            took, self.seconds = float(strategy.virtual_seconds) - self.seconds, strategy.virtual_seconds
+            return took
         took = observed.virtual_seconds
         if observed.lost and self._deadline:
             took = self._deadline

@@ -64,7 +64,9 @@ def run(
 @app.command(name="list")
 def list_() -> None:
     """Show presets, tasks, strategies, other packages' plug-ins, partitions and every setting, a line each."""
+    from core import adversary, compression
     from core.config import RunConfig, keys
+    from server import selection
     from simulations.run import PRESETS, preset_names
     from strategies import plugins as foreign_strategies
     from strategies import sentences
@@ -81,6 +83,9 @@ def list_() -> None:
         "Strategies (strategy=), each with its strategy-options.": sentences(),
         "Strategies of other packages (strategy=)": foreign_strategies(),
         "Partitions (partition.kind=)": KINDS,
+        "Client selection (sampling.kind=)": selection.KINDS,
+        "Attacks (attack.kind=)": adversary.KINDS,
+        "Compression of updates (compression.kind=)": compression.KINDS,
         "Settings (KEY=VALUE), with defaults": {key: f"{says} [{defaults[key]}]" for key, says in keys().items()},
     }
     for title, rows in sections.items():

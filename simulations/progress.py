@@ -80,7 +80,9 @@ class Progress:
         self._bar.update(self._task, completed=row["round"], numbers=line)
         if not self.console.is_terminal:
             self.print(f"round {row['round']}/{self.config.rounds}  {line}  {self._left(row['round'])}")
-        if not row["aggregated"]:
+        if not row["sampled"]:
+            self.print(f"round {row['round']}: no client was drawn; the model stays")
+        elif not row["aggregated"]:
             self.print(f"round {row['round']}: {self.config.strategy} made no new model from the replies it got")
         if row["failed"]:
             reason = row["failures"][0]["reason"]

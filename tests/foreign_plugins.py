@@ -49,6 +49,13 @@ class Silent(FedAvg):
             yield message
 
 
+class Deaf(FedAvg):
+    """Takes no settings from outside, and so samples by Flower's own defaults: two clients at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 class NormalisedMedical(Medical):
     """The medical task with a batch-normalised network."""
 

@@ -131,6 +131,8 @@ def test_list_names_everything(tmp_path: Path) -> None:
     listed = _fedra("list", cwd=tmp_path).stdout
     for name in ("medical", "fraud", "nlp", "heart", "smoke", "fedprox", "bulyan", "dirichlet", "partition.alpha"):
         assert name in listed
+    for name in ("poisson", "power-of-choice", "oort", "label-flip", "min-max", "int4", "top-k"):
+        assert f"\n{name} " in listed
 
 
 def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> None:
