@@ -1,7 +1,7 @@
 """What a strategy's round costs against FedAvg's, and the median against Flower's: interleaved, as ratios.
 
-    python perf/shelf.py rounds     a round of 100 of 1000 clients of workload (a), strategy by strategy
-    python perf/shelf.py median     20 clients' updates of 1,000,000 numbers
+python perf/shelf.py rounds     a round of 100 of 1000 clients of workload (a), strategy by strategy
+python perf/shelf.py median     20 clients' updates of 1,000,000 numbers
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def median() -> None:
         theirs, a = timed(flower.FedMedian())
         ours, b = timed(FedMedian())
         ratios.append(theirs / ours)
-        print(f"Flower {theirs * 1000:.0f} ms, Fedra {ours * 1000:.0f} ms, equal: {a.tobytes() == b.tobytes()}", flush=True)
+        print(
+            f"Flower {theirs * 1000:.0f} ms, Fedra {ours * 1000:.0f} ms, equal: {a.tobytes() == b.tobytes()}",
+            flush=True,
+        )
     ratios.sort()
     print(f"median {statistics.median(ratios):.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f})")
 

@@ -9,7 +9,7 @@ unless a rule says so: a client could claim any. Running statistics pass through
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ Aggregated = tuple[ArrayRecord | None, MetricRecord | None]
 class Robust(strategy.FedAvg):
     """Stands before one of Flower's strategies: hands it centred, bucketed replies and undoes the centring."""
 
+    centred = True
+
     def __init__(self, *, bucket_size: int = 1, **options: Any) -> None:
         if bucket_size < 1:
             raise ValueError("bucket-size must be at least 1")
@@ -36,9 +38,17 @@ class Robust(strategy.FedAvg):
         self.influence: dict[int, float] = {}
         """Each client's share in the last model: the report counts malicious ones."""
 
-    def rule(self, server_round: int, replies: list[Message]) -> Aggregated:
-        """Return one update and the aggregated metrics from centred replies; by default what Flower's class makes."""
-        return super().aggregate_train(server_round, replies)
+    def rule(
+        self, server_round: int, updates: np.ndarray, replies: list[Message]
+    ) -> tuple[np.ndarray | None, MetricRecord | None]:
+        """Return one update (d,) from those of n buckets (n, d) float32, and the aggregated metrics.
+
+        By default it is what Flower's class makes of them. `replies` (n,) have the buckets' metrics and first clients.
+        """
+        for row, reply in zip(updates, replies, strict=True):
+            reply.content[records.ARRAYS] = to_arrays(self._by_name(row))
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return None if arrays is None else _flat({name: to_numpy(a) for name, a in arrays.items()}), metrics
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -52,14 +62,21 @@ class Robust(strategy.FedAvg):
         answered, _ = self._check_and_log_replies(replies, is_train=True)
         if not answered:
             return None, None
+        first = arrays_of(answered[0].content)
+        if not self.current:
+            # Whoever calls a rule without a round has no global model to centre on.
+            self.current = {name: np.zeros(array.shape, array.dtype) for name, array in first.items()}
         # Python's generator is seeded anew for every round.
         order = answered if self.bucket_size == 1 else random.sample(answered, len(answered))
-        buckets = [order[i : i + self.bucket_size] for i in range(0, len(order), self.bucket_size)]
-        clients = [[client_of(reply.content) for reply in bucket] for bucket in buckets]
-        for bucket in buckets:
-            bucket[0].content = self._mean_update([reply.content for reply in bucket])
+        updates = self._updates([reply.content for reply in order])
+        buckets = [range(i, min(i + self.bucket_size, len(order))) for i in range(0, len(order), self.bucket_size)]
+        clients = [[client_of(order[i].content) for i in bucket] for bucket in buckets]
+        if self.bucket_size > 1:
+            updates = np.stack([updates[bucket.start : bucket.stop].mean(0) for bucket in buckets])
+            for bucket in buckets:
+                order[bucket.start].content = self._joined([order[i].content for i in bucket])
         self.shares = None
-        update, metrics = self.rule(server_round, [bucket[0] for bucket in buckets])
+        update, metrics = self.rule(server_round, updates, [order[bucket.start] for bucket in buckets])
         shares: Sequence[float] = self.shares or []
         self.influence = {
             client: float(share) / len(bucket)
@@ -68,28 +85,38 @@ class Robust(strategy.FedAvg):
         }
         if update is None:
             return None, None
-        moved = {name: to_numpy(array) for name, array in update.items()}
-        new = {name: value + self.current[name] if self.current else value for name, value in moved.items()}
-        return to_arrays({name: value.astype(np.float32) for name, value in new.items()}), metrics
+        if self.centred:
+            update = update + _flat(self.current)
+        return to_arrays({n: v.astype(self.current[n].dtype) for n, v in self._by_name(update).items()}), metrics
 
-    def _mean_update(self, contents: Sequence[RecordDict]) -> RecordDict:
-        """Return replies as one, centred: the plain mean of updates and metrics, and the sum of examples."""
-        arrays, metrics = WeightedMean(), WeightedMean()
+    def _updates(self, contents: Sequence[RecordDict]) -> np.ndarray:
+        """Return what every client adds to the global model, (n, d) float32; models where the rule is not centred."""
+        sizes = [value.size for value in self.current.values()]
+        rows = np.empty((len(contents), sum(sizes)), np.float32)
+        ends = np.cumsum(sizes)
+        for row, content in zip(rows, contents, strict=True):
+            arrays = arrays_of(content)
+            for (name, origin), end, size in zip(self.current.items(), ends, sizes, strict=True):
+                own, out = to_numpy(arrays[name]).ravel(), row[end - size : end]
+                if self.centred:
+                    np.subtract(own, origin.ravel(), out=out)
+                else:
+                    out[:] = own
+        return rows
+
+    def _by_name(self, row: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a vector (d,) as the model's tensors."""
+        parts = np.split(row, np.cumsum([value.size for value in self.current.values()])[:-1])
+        return {name: part.reshape(v.shape) for (name, v), part in zip(self.current.items(), parts, strict=True)}
+
+    def _joined(self, contents: Sequence[RecordDict]) -> RecordDict:
+        """Return a bucket's metrics, their mean but examples summed, and its first client."""
+        metrics = WeightedMean()
         for content in contents:
-            own = {name: to_numpy(array) for name, array in arrays_of(content).items()}
-            own = {name: value - self.current.get(name, np.float32(0)) for name, value in own.items()}
-            if len(contents) == 1:
-                return RecordDict({records.ARRAYS: to_arrays(own), records.METRICS: _metrics(content),
-                                   records.CLIENTS: _columns(content)})  # fmt: skip
-            arrays.add(own, 1.0)
-            metrics.add(dict(_metrics(content)), 1.0)
+            metrics.add(records.metrics_of(content), 1.0)
         mean = {name: value.item() for name, value in metrics.mean().items()}
         mean[self.weighted_by_key] *= len(contents)
-        return RecordDict({
-            records.ARRAYS: to_arrays({n: v.astype(np.float32) for n, v in arrays.mean().items()}),
-            records.METRICS: MetricRecord(mean),
-            records.CLIENTS: _columns(contents[0]),
-        })  # fmt: skip
+        return RecordDict({records.METRICS: MetricRecord(mean), records.CLIENTS: _columns(contents[0])})
 
 
 class Rule(Robust):
@@ -99,17 +126,13 @@ class Rule(Robust):
         """Return one update (d,) from those of n buckets, (n, d) float32, with their numbers of examples (n,)."""
         raise NotImplementedError
 
-    def rule(self, server_round: int, replies: list[Message]) -> Aggregated:
-        """Return the rule's update by name, and the aggregated metrics."""
+    def rule(
+        self, server_round: int, updates: np.ndarray, replies: list[Message]
+    ) -> tuple[np.ndarray | None, MetricRecord | None]:
+        """Return the rule's update, and the aggregated metrics."""
         contents = [reply.content for reply in replies]
-        updates = np.stack([np.concatenate([to_numpy(a).ravel() for a in arrays_of(c).values()]) for c in contents])
         examples = np.array([float(records.metrics_of(content)[self.weighted_by_key]) for content in contents])
-        update, parts, at = self.combine(updates, examples), {}, 0
-        for name, array in arrays_of(contents[0]).items():
-            size = int(np.prod(array.shape))
-            parts[name] = update[at : at + size].reshape(array.shape).astype(np.float32)
-            at += size
-        return to_arrays(parts), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        return self.combine(updates, examples), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
 
 def arrays_of(content: RecordDict) -> ArrayRecord:
@@ -126,5 +149,5 @@ def _columns(content: RecordDict) -> ConfigRecord:
     return content.config_records.get(records.CLIENTS, ConfigRecord())
 
 
-def _metrics(content: RecordDict) -> MetricRecord:
-    return next(iter(content.metric_records.values()))
+def _flat(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([value.ravel() for value in tensors.values()])

@@ -41,11 +41,10 @@ class FLTrust(Rule):
         self.server = server
         self.round = 0
 
-    def rule(self, server_round: int, replies: list[Message]) -> Any:
+    def rule(self, server_round: int, updates: np.ndarray, replies: list[Message]) -> Any:
         """Note the round, which the server's own training is seeded by."""
         self.round = server_round
-        self.names = list(arrays_of(replies[0].content))
-        return super().rule(server_round, replies)
+        return super().rule(server_round, updates, replies)
 
     def combine(self, updates: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Return the trusted mean (d,)."""
@@ -79,7 +78,7 @@ class FLTrust(Rule):
             global_params=weights, sizes=(size,), seed=derive(config.seed, "server", self.round), vectorised=False,
         )  # fmt: skip
         trained = local_sgd(r).params
-        return np.concatenate([(trained[name][0] - weights[name]).numpy().ravel() for name in self.names])
+        return np.concatenate([(trained[name][0] - weights[name]).numpy().ravel() for name in self.current])
 
 
 class FedDF(strategy.FedAvg):
