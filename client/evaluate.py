@@ -17,7 +17,7 @@ from client.setting import Setting, client_of, epochs_of, inputs, open_setting, 
 from core import adversary, records
 from core.metrics import score_counts, score_each, weighted_means
 from core.records import Tensors
-from core.seeding import derive
+from core.seeding import seeds
 from core.training import LocalUpdate, assemble, learning_rate, local_sgd, make_optimizer, train_each
 from tasks import standardise
 from tasks.base import predict, probabilities
@@ -68,15 +68,15 @@ def _personal(setting: Setting, content: RecordDict, contexts: Sequence[Context]
     number = records.server_round(content) or 0
     x, y, sizes = inputs(setting, "train", clients, round_config)
     epochs = max(config.fine_tune_epochs, 1)
-    seeds = tuple(derive(config.seed, "fine-tune", number, client) for client in clients)
+    drawn = seeds(config.seed, "fine-tune", number, clients=clients)
     r = assemble(
         config, setting.model, setting.task.loss, x, y,
         epochs_of(config, ("fine-tune", number), clients, sizes, epochs),
         make_optimizer(config, learning_rate(config, number)),
         global_params=params,
         config=round_config,
-        seed=seeds[0],
-        seeds=seeds,
+        seed=drawn[0],
+        seeds=drawn,
         sizes=tuple(sizes),
         options=setting.half.options,
         sent=sent,

@@ -98,6 +98,13 @@ class ObservedGrid(Grid):
         """Return the clients' state by node where the wrapped grid keeps it; Flower's nodes keep their own."""
         return getattr(self.inner, "client_states", {})
 
+    def take_changed_states(self) -> set[int]:
+        """Return the nodes whose state has changed since the last call."""
+        changed: set[int] = getattr(self.inner, "changed_states", set())
+        taken = set(changed)
+        changed.clear()
+        return taken
+
     def set_run(self, run: Run) -> None:
         """Set the run of the wrapped grid."""
         self.inner.set_run(run)

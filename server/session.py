@@ -287,7 +287,8 @@ class Session:
             "selection": self.selection.state(),
         }
         states = self.grid.client_states
-        self.checkpoints.save(checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress))
+        saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress)
+        self.checkpoints.save(saved, self.grid.take_changed_states())
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
         checkpoints.refuse_unsaved(saved)
