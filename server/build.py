@@ -43,7 +43,7 @@ def check(config: RunConfig) -> Federation:
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
-    if getattr(cls, "needs_server_examples", False) and not config.server_examples:
+    if "server-examples" in getattr(cls, "settings", {}) and not config.server_examples:
         raise InputError(f"{config.strategy} trains on examples of the server's own; set server-examples=100 or so.")
     if len(federation) != config.clients:
         raise InputError(

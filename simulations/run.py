@@ -33,6 +33,7 @@ from simulations.cohort_size import Measured, measure
 from simulations.grid import RayGrid
 from simulations.pool import LocalPool, Pool, RayPool
 from simulations.worker import Worker
+from strategies import needs
 from tasks import load, standardise
 from tasks.base import build_model, predict
 
@@ -92,11 +93,12 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
         raise unknown("preset", name, preset_names())
     wanted = {**(overrides or {}), **{dotted(key): value for key, value in changes.items()}}
     flat = {"preset": path.stem, **read_toml(path)}
+    strategy = str(wanted.get("strategy", flat.get("strategy", RunConfig().strategy)))
     own = path.with_suffix(".strategies.toml")
     if own.is_file():
-        prefix = f"{wanted.get('strategy', flat.get('strategy', 'fedavg'))}."
+        prefix = f"{strategy}."
         flat |= {k.removeprefix(prefix): v for k, v in read_toml(own).items() if k.startswith(prefix)}
-    return RunConfig.of({**flat, **wanted})
+    return RunConfig.of({**needs(strategy), **flat, **wanted})
 
 
 def preset_names() -> list[str]:

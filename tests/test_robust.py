@@ -150,7 +150,7 @@ def test_a_rule_moves_the_global_model_by_what_it_made_of_the_updates() -> None:
 @pytest.mark.parametrize("strategy", ["fltrust", "feddf"])
 def test_a_strategy_that_trains_on_the_servers_examples_asks_for_some(strategy: str, smoke: Smoke) -> None:
     with pytest.raises(InputError, match=f"{strategy} trains on examples of the server's own; set server-examples="):
-        simulate(smoke(strategy=strategy))
+        simulate(smoke(strategy=strategy, server_examples=0))
 
 
 def test_the_servers_examples_are_no_clients(smoke: Smoke) -> None:
