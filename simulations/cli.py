@@ -66,6 +66,7 @@ def list_() -> None:
     """Show presets, tasks, strategies, other packages' plug-ins, partitions and every setting, a line each."""
     from core import adversary, compression
     from core.config import RunConfig, keys
+    from core.processors import plugins as foreign_processors
     from server import selection
     from simulations.run import PRESETS, preset_names
     from strategies import plugins as foreign_strategies
@@ -82,6 +83,7 @@ def list_() -> None:
         "Data sets (dataset=)": datasets(),
         "Strategies (strategy=), each with its strategy-options.": sentences(),
         "Strategies of other packages (strategy=)": foreign_strategies(),
+        "Update processors of other packages (processors=)": foreign_processors(),
         "Partitions (partition.kind=)": KINDS,
         "Client selection (sampling.kind=)": selection.KINDS,
         "Attacks (attack.kind=)": adversary.KINDS,
