@@ -48,11 +48,6 @@ class Encoded:
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
 
-def check(config: RunConfig) -> bool:
-    """Return whether updates are compressed."""
-    return config.compression.kind != "none"
-
-
 def ratio(config: RunConfig) -> float:
     """Return about how many bytes an encoded update has for each byte of the model."""
     own = config.compression
