@@ -54,10 +54,10 @@ def main() -> None:
 
 def curve(name: str, own: dict[str, Any], out: Path, factor: float) -> list[dict[str, Any]]:
     """Return the run's evaluated rounds, with every round's sampled clients added up."""
-    folder = out / name.replace(" ", "-").replace(",", "")
+    settings = {**COMMON, **own, "rounds": max(5, round(own["rounds"] * factor))}
+    folder = out / f"{name.replace(' ', '-').replace(',', '')}-{settings['rounds']}"
     done = [path for path in folder.glob("*/summary.json") if json.loads(path.read_text())["status"] == "completed"]
-    settings = {**COMMON, **own, "rounds": max(5, round(own["rounds"] * factor)), "out": str(folder)}
-    path = done[0].parent if done else simulate(preset("digits", settings)).path
+    path = done[0].parent if done else simulate(preset("digits", {**settings, "out": str(folder)})).path
     rows, sampled = [], 0
     for line in (path / "rounds.jsonl").read_text().splitlines():
         row = json.loads(line)
