@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 DIGITS = 4
-HEADLINES = 3
+HEADLINES = 2
 Results = Mapping[str, Any]
 _FOOT = "Written by Fedra. This page loads nothing."
 _MARKS = [("circle", plots.COMPLETED, "completed"), ("circle", plots.PRUNED, "pruned: its last value")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,11 @@ def importances(results: Results, study: optuna.Study) -> go.Figure | None:
     if len(values) < COMPARABLE or len(results["space"]) < COMPARABLE:
         return None
     height = 70 + 40 * len(results["space"])
-    return _dressed(plot_param_importances(study), height, xaxis_title="importance", yaxis_title=None)
+    with warnings.catch_warnings():
+        # That few trials are a weak ground needs no saying on the terminal.
+        warnings.simplefilter("ignore", UserWarning)
+        bars = plot_param_importances(study)
+    return _dressed(bars, height, xaxis_title="importance", yaxis_title=None)
 
 
 def combinations(results: Results, study: optuna.Study) -> go.Figure | None:
@@ -71,6 +76,8 @@ def combinations(results: Results, study: optuna.Study) -> go.Figure | None:
         share = rank / len(lines)
         line.update(line={"color": COMPLETED, "width": 0.8 + 1.7 * share}, opacity=0.12 + 0.88 * share**3)
     chart.data = lines
+    # Of the page's colour, which a dark screen swaps.
+    chart.update_annotations(font={"color": None})
     return _dressed(chart, 340)
 
 

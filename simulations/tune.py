@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import shutil
+import sqlite3
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -97,11 +99,8 @@ class Search:
         self.folder, self.study = folder, study
         self.console = console or Console(quiet=True)
         about = study.user_attrs
-        self.preset, self.metric, self.trials = (
-            str(folder / "preset" / about["preset"]),
-            about["metric"],
-            about["trials"],
-        )
+        self.preset = str(folder / "preset" / about["preset"])
+        self.metric, self.trials = about["metric"], about["trials"]
         self.space = Space.of(about["settings"])
         self.first = self.config(next(self.space.examples()))
         warmup = max(WARMUP_ROUNDS, math.ceil(WARMUP_SHARE * self.first.rounds))
@@ -230,6 +229,8 @@ def _make_folder(base: Path) -> Path:
     return folder
 
 
-def _storage(folder: Path) -> str:
+def _storage(folder: Path) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return f"sqlite:///{folder / DATABASE}"
+    # Connected by path: in a URL a folder's ? or # would mean something else.
+    connect = partial(sqlite3.connect, folder / DATABASE, check_same_thread=False)
+    return optuna.storages.RDBStorage(f"sqlite:///{DATABASE}", engine_kwargs={"creator": connect})
