@@ -58,6 +58,13 @@ def number(value: object, digits: int = 3) -> str:
     return NOTHING if known is None else f"{known:,.{digits}f}"
 
 
+def setting(value: object) -> str:
+    """Return a setting's value as one writes it, a decimal with the four digits that count; a dash for None."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return NOTHING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def rate(value: object) -> str:
     """Return a positive number with about three digits that count: 4.35, 63.9, 8,912."""
     known = finite(value)

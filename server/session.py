@@ -34,7 +34,8 @@ from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
 
-OnRound = Callable[[dict[str, Any]], None]
+# Hears of every finished round; a sentence that it returns ends the run there and says why.
+OnRound = Callable[[dict[str, Any]], str | None]
 
 
 class _StopEarly(Exception):  # noqa: N818 (it is not an error)
@@ -214,8 +215,8 @@ class Session:
         self._commit(number, arrays, evaluation, row, clients, seconds)
         self._save()
         if self.on_round is not None:
-            self.on_round(row)
-        if due and self._should_stop():
+            self.stopped_by = self.on_round(row) or ""
+        if self.stopped_by or (due and self._should_stop()):
             raise _StopEarly
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()

@@ -108,6 +108,29 @@ def compare(preset: Preset, settings: Settings = None, out: Out = "") -> None:
 
 
 @app.command()
+def tune(
+    preset: Preset = "",
+    settings: Settings = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Trials in all; 20 by default.")] = None,
+    metric: Annotated[str, typer.Option(metavar="NAME", help="Validation metric to tune for.")] = "",
+    out: Out = "",
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with this search.")] = None,
+) -> None:
+    """Search settings: fedra tune medical learning-rate=0.01..1 local-epochs=1..5 strategy=fedavg,fedprox"""
+    from simulations.tune import TRIALS, resume_tune
+    from simulations.tune import tune as search
+
+    if resume is not None:
+        if preset or settings or metric or out:
+            raise InputError("--resume goes on with a search as it was set up; beside it only --trials is taken.")
+        resume_tune(resume, trials=trials, console=console)
+    elif preset:
+        search(preset, _overrides(settings, out), trials=trials or TRIALS, metric=metric, console=console)
+    else:
+        raise InputError("name a preset, a TOML file or --resume FOLDER; `fedra list` shows the presets.")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Rebuild a run's report.html from its files."""
     from reports.page import write_report

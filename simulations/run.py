@@ -113,7 +113,8 @@ def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: On
     """Run the federation and return it.
 
     `on_start` hears of the folder, the final configuration and the rounds done before; `on_round` of every line of
-    rounds.jsonl. Raises `InputError` before any process starts when the configuration or the data cannot be used.
+    rounds.jsonl, and where it returns a sentence, the run ends there, completed and `stopped_by` that. Raises
+    `InputError` before any process starts when the configuration or the data cannot be used.
     """
     return _run(config, None, on_start, on_round)
 
