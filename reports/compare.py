@@ -55,7 +55,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a dict per strategy, in order of appearance, and one per baseline where the runs have them.
 
     `rows` are the runs: {"strategy", "seed", "path", "summary"}. Keys are headings: Strategy, Runs, a metric's title,
-    "Worst client <metric>" for the most telling one, Clients/s. Numbers are `Interval`s, whose text is what the page
+    "Clients <metric>" (their mean) and "Worst client <metric>" for the most telling one, Clients/s. Numbers are `Interval`s, whose text is what the page
     shows. Only completed runs count: a run that was cut short would pull the mean down.
     """
     done = _completed(rows)
@@ -64,9 +64,13 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for strategy in _strategies(rows):
         own = [row["summary"] for row in done if row["strategy"] == strategy]
         values = {metric(name).title: interval(nested(s, "metrics", name) for s in own) for name in names}
-        worst = {_worst(name): interval(_clients_worst(s, name) for s in own) for name in names[:1]}
+        each = {
+            heading(name): interval(finite(nested(s, "clients_metrics", name, kind)) for s in own)
+            for name in names[:1]
+            for heading, kind in ((clients_mean, "mean"), (_worst, "worst"))
+        }
         speed = interval((s.get("clients_per_second") for s in own), digits=1)
-        out.append({"Strategy": strategy, "Runs": len(own), **values, **worst, "Clients/s": speed})
+        out.append({"Strategy": strategy, "Runs": len(own), **values, **each, "Clients/s": speed})
     return out + _baselines(done, names)
 
 
@@ -154,9 +158,9 @@ def _worst_clients(rows: Sequence[Row]) -> Section | None:
         [s, *(interval(_clients_worst(row["summary"], n) for row in done if row["strategy"] == s) for n in names)]
         for s in _strategies(rows)
     ]
-    note = paragraph(
-        "The client that the global model serves worst, on its own test split; mean over runs.", quiet=True
-    )
+    own = any(row["summary"].get("personal") for row in done)
+    model = "its model (its own, where a strategy makes one)" if own else "the global model"
+    note = paragraph(f"The client that {model} serves worst, on its own test split; mean over runs.", quiet=True)
     content = [note, markup.table(["Strategy", *(metric(name).title for name in names)], body, even=True)]
     return Section("worst", "Worst client", join(content)) if names else None
 
@@ -185,8 +189,12 @@ def _baselines(done: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
         own = [found[kind] for found in by_seed.values() if found.get(kind)]
         if own:
             values = {metric(name).title: interval(found.get(name) for found in own) for name in names}
-            worst = {_worst(n): interval(nested(found, "own_test", n, "worst") for found in own) for n in names[:1]}
-            out.append({"Strategy": title, "Runs": len(own), **values, **worst, "Clients/s": interval([])})
+            each = {
+                heading(n): interval(nested(found, "own_test", n, key) for found in own)
+                for n in names[:1]
+                for heading, key in ((clients_mean, "mean"), (_worst, "worst"))
+            }
+            out.append({"Strategy": title, "Runs": len(own), **values, **each, "Clients/s": interval([])})
     return out
 
 
@@ -201,7 +209,10 @@ def _best(heading: str, summary: Sequence[Mapping[str, Any]], name: str) -> floa
 def _headings(rows: Sequence[Row]) -> dict[str, str]:
     """Return the metric behind each heading that holds one."""
     names = _metrics(_completed(rows))
-    return {**{metric(name).title: name for name in names}, **{_worst(name): name for name in names[:1]}}
+    return {
+        **{metric(name).title: name for name in names},
+        **{h(name): name for name in names[:1] for h in (clients_mean, _worst)},
+    }
 
 
 def _about(rows: Sequence[Row]) -> str:
@@ -225,6 +236,11 @@ def _strategies(rows: Sequence[Row]) -> list[str]:
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
     return ordered(name for row in rows for name in row["summary"].get("metrics") or {})
+
+
+def clients_mean(name: str) -> str:
+    """Return the heading of the mean over clients of a metric on their own test splits."""
+    return f"Clients {metric(name).title}"
 
 
 def _worst(name: str) -> str:
