@@ -55,8 +55,9 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a dict per strategy, in order of appearance, and one per baseline where the runs have them.
 
     `rows` are the runs: {"strategy", "seed", "path", "summary"}. Keys are headings: Strategy, Runs, a metric's title,
-    "Clients <metric>" (their mean) and "Worst client <metric>" for the most telling one, Clients/s. Numbers are `Interval`s, whose text is what the page
-    shows. Only completed runs count: a run that was cut short would pull the mean down.
+    "Clients <metric>" (their mean) and "Worst client <metric>" for the most telling one, Clients/s. Numbers are
+    `Interval`s, whose text is what the page shows. Only completed runs count: a run that was cut short would pull the
+    mean down.
     """
     done = _completed(rows)
     names = _metrics(done)
@@ -209,10 +210,8 @@ def _best(heading: str, summary: Sequence[Mapping[str, Any]], name: str) -> floa
 def _headings(rows: Sequence[Row]) -> dict[str, str]:
     """Return the metric behind each heading that holds one."""
     names = _metrics(_completed(rows))
-    return {
-        **{metric(name).title: name for name in names},
-        **{h(name): name for name in names[:1] for h in (clients_mean, _worst)},
-    }
+    own = {heading(name): name for name in names[:1] for heading in (clients_mean, _worst)}
+    return {metric(name).title: name for name in names} | own
 
 
 def _about(rows: Sequence[Row]) -> str:

@@ -47,7 +47,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     for _, config in configs:
         check_run(config)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, (label, config) in enumerate(configs, start=1):
         console.print(f"[{number}/{len(configs)}] {label}, seed {config.seed}", markup=False, highlight=False)
         run = simulate(config.with_(out=str(folder)))

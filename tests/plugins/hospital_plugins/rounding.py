@@ -8,5 +8,5 @@ from core.training import LocalRound, LocalUpdate
 
 
 def rounded(update: LocalUpdate, r: LocalRound) -> LocalUpdate:
-    """Weights rounded to three decimals, so that no tablet's last bits are told apart."""
+    """Weights rounded to three decimals."""
     return replace(update, params={name: (p * 1000).round() / 1000 for name, p in update.params.items()})
