@@ -14,7 +14,7 @@ from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
-from server.intake import REJECTED, take_in
+from server.intake import take_in
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
 PATIENCE = 10
@@ -177,7 +177,7 @@ class ObservedGrid(Grid):
                 client = self.client_of(reply.metadata.src_node_id)
                 self._observed.failures.append({"client": client, "reason": str(reply.error.reason)})
                 self._observed.lost += reply.error.code == records.LOST
-                self._observed.rejected += str(reply.error.reason).startswith(REJECTED)
+                self._observed.rejected += str(reply.error.reason).startswith(records.REJECTED)
                 continue
             content = reply.content
             rows: dict[str, Any] = dict(content.config_records.get(records.CLIENTS, ConfigRecord()))
