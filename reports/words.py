@@ -80,11 +80,13 @@ def percent(share: object) -> str:
 
 
 def size(count_bytes: object) -> str:
-    """Return bytes in MB (a million bytes), GB from a thousand of those."""
+    """Return bytes in MB (a million bytes), GB from a thousand of those, and few in kB."""
     known = finite(count_bytes)
     if known is None:
         return NOTHING
-    return f"{known / 1e9:,.2f} GB" if known >= 1e9 else f"{rate(known / 1e6)} MB"
+    if known >= 1e9:
+        return f"{known / 1e9:,.2f} GB"
+    return f"{rate(known / 1e6)} MB" if known >= 1e5 or not known else f"{rate(known / 1e3)} kB"
 
 
 def duration(seconds: object) -> str:

@@ -25,7 +25,7 @@ from server import checkpoint as checkpoints
 from server.build import build_strategy
 from server.evaluate import Description, Evaluation, Evaluator, describe
 from server.malice import Malice
-from server.observe import Observed, ObservedGrid
+from server.observe import NAMED, Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
 from server.virtual import VirtualClock
@@ -189,7 +189,7 @@ class Session:
             "clients_per_second": round(clients / seconds, 3),
             "sampled": observed.sampled,
             "failed": len(observed.failures),
-            "failures": observed.failures[:5],
+            "failures": observed.failures[:NAMED],
             "train_loss": observed.mean_loss,
             # False where the strategy made no new model, as Bulyan does when too few clients answered.
             "aggregated": arrays is not self.arrays,

@@ -101,7 +101,7 @@ def list_() -> None:
 
 @app.command()
 def compare(preset: Preset, settings: Settings = None, out: Out = "") -> None:
-    """Compare strategies over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
+    """Compare strategies or any settings over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
     from simulations.compare import compare as run_all
 
     run_all(preset, _overrides(settings, out), console)

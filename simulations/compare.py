@@ -1,79 +1,92 @@
-"""fedra compare: strategies, or whatever else varies, times seeds: one table with means and intervals, one page."""
+"""fedra compare: strategies, or any settings, times seeds: tables with means and confidence intervals, one page."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from core.config import RunConfig, parse_override
+from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
-from reports.compare import table, write_comparison
+from reports.compare import write_comparison
+from reports.variants import STRATEGY, details, personal, table
 from simulations.run import check_run, preset, quiet, simulate
 
-# Settings in which a comma has a meaning of its own.
-LISTS = ("dataset", "data-dir", "out", "processors", "devices.trace")
+# Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
+COMMA_IS_TEXT = ("dataset", "data-dir", "processors", "devices.trace", "out", "seed", "seeds")
 
 
 def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
-    """Run every combination with every seed, print the table and return the page's path.
+    """Run every variant with every seed, print the tables and return the page's path.
 
-    `strategy` and any other setting may be a comma-separated list; `seeds` says how many seeds follow `seed`. Every
-    configuration is checked before the first run starts.
+    A setting may be a list with commas (strategy=fedavg,krum), several make a grid; `seeds` says how many seeds follow
+    `seed`; other settings hold for all. Every configuration is checked before the first run starts.
     """
     quiet()
-    overrides = dict(overrides)
-    varying = {
-        key: [parse_override(f"{key}={part}")[1] for part in dict.fromkeys(value.split(","))]
-        for key, value in overrides.items()
-        if isinstance(value, str) and "," in value and key not in LISTS
-    }
+    lists, overrides = _lists(overrides)
     seeds = overrides.pop("seeds", 3)
     if not isinstance(seeds, int) or seeds < 1:
         raise InputError(f"seeds={seeds} is not a whole number from 1; write for example seeds=3.")
-    plain = preset(name, {key: value for key, value in overrides.items() if key not in (*varying, "seed")})
+    some = {**overrides, **{key: values[0] for key, values in lists.items()}}
+    plain = preset(name, {key: value for key, value in some.items() if key not in ("strategy", "seed")})
+    lists = lists or {"strategy": [overrides.get("strategy", plain.strategy)]}
+    by = STRATEGY if list(lists) == ["strategy"] else ", ".join(lists)
     first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
-    choices = [dict(zip(varying, values, strict=True)) for values in itertools.product(*varying.values())]
-    configs = [
-        (_label(chosen, plain), preset(name, {**overrides, **chosen, "seed": seed}))
-        for chosen in choices
+    planned = [
+        (
+            ", ".join(map(_shown, values)),
+            preset(name, {**overrides, **dict(zip(lists, values, strict=True)), "seed": seed}),
+        )
+        for values in product(*lists.values())
         for seed in range(first, first + seeds)
     ]
-    for _, config in configs:
+    for _, config in planned:
         check_run(config)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
-    rows: list[dict[str, Any]] = []
-    for number, (label, config) in enumerate(configs, start=1):
-        console.print(f"[{number}/{len(configs)}] {label}, seed {config.seed}", markup=False, highlight=False)
+    rows = []
+    for number, (variant, config) in enumerate(planned, start=1):
+        console.print(f"[{number}/{len(planned)}] {variant}, seed {config.seed}", markup=False, highlight=False)
         run = simulate(config.with_(out=str(folder)))
-        rows.append({"strategy": label, "seed": config.seed, "path": run.path, "summary": run.summary})
-    _print(table(rows), console, any(row["summary"]["personal"] for row in rows))
-    page = write_comparison(folder / "report.html", rows)
+        row = {"variant": variant, "strategy": config.strategy, "seed": config.seed}
+        rows.append({**row, "path": run.path, "summary": run.summary})
+    # The page has every metric; a terminal has room for the first three, which are the most telling.
+    shown = [{heading: value for heading, value in row.items() if heading != "Runs"} for row in table(rows, by)]
+    _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
+    _print("Clients' own test splits, and cost", details(rows, by), by, console, wrap=True)
+    if said := personal(rows):
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    page = write_comparison(folder / "report.html", rows, by=by)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return page
 
 
-def _label(chosen: Mapping[str, Any], plain: RunConfig) -> str:
-    """Return what a combination is called: its strategy, and the other settings that vary."""
-    others = [f"{key}={value}" for key, value in chosen.items() if key != "strategy"]
-    return ", ".join([str(chosen["strategy"])] * ("strategy" in chosen) + others) or plain.strategy
+def _lists(overrides: Mapping[str, Any]) -> tuple[dict[str, list[Scalar]], dict[str, Any]]:
+    """Return the settings that are lists, values in order and each once, and the others."""
+    lists: dict[str, list[Scalar]] = {}
+    others: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, str) and "," in value and key not in COMMA_IS_TEXT:
+            # Each value is read as it would be alone: 0.1 is a number, and so is 1e-3.
+            found = [parse_override(f"{key}={part.strip()}")[1] for part in value.split(",")]
+            lists[key] = list(dict.fromkeys(found))
+        else:
+            others[key] = value
+    return lists, others
 
 
-def _print(rows: Sequence[Mapping[str, Any]], console: Console, personal: bool) -> None:
-    shown = Table(title="Mean and 95 % confidence interval over seeds", title_justify="left", box=None)
-    # The page has every metric; a terminal has room for the first three, which are the most telling.
-    headings = [heading for heading in rows[0] if heading != "Runs"] if rows else []
-    if personal:
-        # Where clients have models of their own, what these are worth to them is what tells.
-        headings = headings[:2] + [heading for heading in headings if "lient" in heading and "/" not in heading]
-    headings = headings[:4]
-    for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "Strategy" else "right", no_wrap=True)
+def _shown(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
+
+
+def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console, wrap: bool = False) -> None:
+    shown = Table(title=title, title_justify="left", box=None)
+    for heading in rows[0] if rows else []:
+        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=not wrap or heading == by)
     for row in rows:
-        shown.add_row(*(str(row[heading]) for heading in headings))
+        shown.add_row(*map(str, row.values()))
     console.print(shown)

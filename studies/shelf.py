@@ -1,6 +1,6 @@
 """The table of docs/strategies.md: strategies x tasks, three seeds, by `fedra compare`.
 
-    .venv/bin/python studies/shelf.py        about half an hour on two quiet cores; what is complete is read
+.venv/bin/python studies/shelf.py        about half an hour on two quiet cores; what is complete is read
 """
 
 from __future__ import annotations
