@@ -47,7 +47,9 @@ def refused(reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> E
 
 def finite(update: LocalUpdate) -> np.ndarray:
     """Return which clients' tensors are finite, (C,) bool."""
-    tensors = [*update.params.values(), *(t for own in update.beside.values() for t in own.values())]
+    # What it keeps counts too: a personal model that is not finite would never recover.
+    kinds = (*update.beside.values(), *update.state.values())
+    tensors = [*update.params.values(), *(t for own in kinds for t in own.values())]
     # A sum is not finite where one of its terms is not, and costs an eighth of looking at each.
     sums = torch.stack([t.reshape(len(t), -1).sum(1) for t in tensors])
     found: np.ndarray = sums.isfinite().all(0).cpu().numpy()

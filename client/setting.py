@@ -17,7 +17,7 @@ from core.batches import Batches, plan, stream
 from core.compression import Compressor
 from core.config import RunConfig
 from core.data import Federation, Ragged
-from core.device import device_of
+from core.device import device_of, to_device
 from core.devices import Devices, devices_of
 from core.processors import Processor, processors_of
 from core.records import Tensors
@@ -55,7 +55,10 @@ class Setting:
         own = (getattr(p, "initial_state", None) for p in (*self.processors, self.compressor))
         makers += [make for make in own if make]
         initial = {kind: tensors for make in makers for kind, tensors in make(r).items()}
-        return replace(r, state=bundle.read_state(contexts, initial))
+        state = bundle.read_state(contexts, initial)
+        return replace(
+            r, state={kind: {n: to_device(t, r.x.device) for n, t in own.items()} for kind, own in state.items()}
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,11 +135,11 @@ def epochs_of(
     return plan(sizes, config.batch_size, shuffled)
 
 
-def note_batches(config: RunConfig, contexts: Sequence[Context]) -> None:
-    """Let clients remember how far their shuffled iterators have come."""
+def note_batches(config: RunConfig, contexts: Sequence[Context], steps: Sequence[int]) -> None:
+    """Let clients remember how far their shuffled iterators have come after these steps."""
     if config.local_steps:
-        for context in contexts:
-            context.state[STATE] = MetricRecord({BATCHES_DRAWN: _drawn(context) + config.local_steps})
+        for context, taken in zip(contexts, steps, strict=True):
+            context.state[STATE] = MetricRecord({BATCHES_DRAWN: _drawn(context) + taken})
 
 
 def _drawn(context: Context) -> int:

@@ -53,7 +53,6 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         return absent
     clients, own = [everyone[i] for i in at], [contexts[i] for i in at]
     update, r = _learn(setting, this, clients, own, work.steps[at] if work else None)
-    note_batches(setting.config, own)
     hostile = np.zeros(len(clients), dtype=bool)
     for processor in setting.processors:
         update = processor(update, r)
@@ -75,8 +74,9 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     if setting.attack:
         setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
     sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
+    keep = sorted(sound)
+    note_batches(setting.config, [own[i] for i in keep], r.batches.steps[keep].tolist())
     if update.state:
-        keep = sorted(sound)
         state = {kind: {name: t[keep] for name, t in kept.items()} for kind, kept in update.state.items()}
         bundle.write_state([own[i] for i in keep], state)
     return [([at[i] for i in positions], answer) for positions, answer in answers] + absent
@@ -87,12 +87,9 @@ def _work(setting: Setting, clients: Sequence[int], this: _Round) -> Work | None
     if setting.devices is None:
         return None
     config, sizes = setting.config, setting.data.train.sizes[list(clients)]
-    steps = np.full(len(clients), config.local_steps)
-    if not config.local_steps:
-        steps = config.local_epochs * -(-sizes // config.batch_size)
     deadline = float(this.config.get(records.DEADLINE, config.devices.deadline_seconds))
     up = round(this.bytes * compression.ratio(config))
-    return setting.devices.work(this.number, clients, sizes.tolist(), steps, this.bytes, up, deadline)
+    return setting.devices.work(this.number, clients, sizes, this.bytes, up, deadline)
 
 
 def _learn(

@@ -36,6 +36,7 @@ class Batches:
         places = (torch.arange(int(left.max()))[:, None] + first).clamp_max(len(self.rows) - 1)
         at = places[:, :, None].expand(-1, -1, self.rows.shape[2])
         taken = torch.arange(len(places))[:, None] < left[None]
+        at, taken = at.to(self.rows.device), taken.to(self.rows.device)
         return Batches(self.rows.gather(0, at), self.weights.gather(0, at) * taken[:, :, None], left)
 
     def cut(self, steps: np.ndarray) -> Batches:
@@ -43,7 +44,7 @@ class Batches:
         own = torch.minimum(self.steps, torch.from_numpy(np.asarray(steps)))
         most = int(own.max())
         taken = torch.arange(most)[:, None] < own[None]
-        return Batches(self.rows[:most], self.weights[:most] * taken[:, :, None], own)
+        return Batches(self.rows[:most], self.weights[:most] * taken[:, :, None].to(self.rows.device), own)
 
 
 Shuffled = Callable[[np.ndarray, int], np.ndarray]

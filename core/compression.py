@@ -135,7 +135,9 @@ def _decode(arrays: Mapping[str, Tensor], config: RunConfig, widths: list[int], 
     if own.kind == "fp16":
         flat = arrays["values"].float()
     elif own.kind == "top-k":
-        values = arrays["values"]
+        values, wanted = arrays["values"], max(1, math.ceil(own.fraction * size))
+        if arrays["places"].shape != values.shape or values.shape[1:] != (wanted,):
+            raise ValueError(f"{tuple(values.shape[1:])} numbers were sent, not {wanted}")
         flat = values.new_zeros(len(values), size).scatter(1, arrays["places"].long(), values)
     else:
         widths = [_power_of_two(size)] if own.rotation else widths

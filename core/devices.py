@@ -65,17 +65,17 @@ class Devices:
         self,
         server_round: int,
         clients: Sequence[int],
-        sizes: Sequence[int],
-        steps: np.ndarray,
+        sizes: Sequence[int] | np.ndarray,
         down: int,
         up: int,
         deadline: float,
     ) -> Work:
-        """Return what the clients get done of `steps` (C,) local steps on `sizes` examples before the deadline."""
+        """Return what the clients get done of their round's work on `sizes` (C,) examples before the deadline."""
         faults, seed = self._config.faults, self._config.seed
-        at, own = np.asarray(clients), np.asarray(sizes)
+        at = np.asarray(clients)
         draw = functools.partial(uniforms, seed, clients=at)
-        done, full = np.array(steps, dtype=np.int64), np.asarray(steps, dtype=np.int64)
+        full, examples = full_work(self._config, np.asarray(sizes))
+        done = full
         gone = draw("available", server_round) >= self.columns["availability"][at]
         lost = draw("dropout", server_round) < faults.dropout
         slow = draw("straggler", server_round) < faults.stragglers
@@ -83,7 +83,6 @@ class Devices:
         # FedProx, section 5.2: a straggler has time for a number of epochs drawn uniformly from those asked for.
         drawn = np.floor(draw("epochs", server_round) * epochs) + 1 if epochs > 1 else draw("epochs", server_round)
         done = np.where(slow, np.maximum(1, np.floor(full * drawn / epochs)).astype(np.int64), done)
-        examples = full * self._config.batch_size if self._config.local_steps else own * epochs
         each = examples / np.maximum(full, 1)
         seconds = self.seconds(server_round, at, each * done, down, up)
         late = np.zeros(len(at), dtype=bool)
@@ -102,10 +101,19 @@ class Devices:
             "it cannot be reached in this round" if g
             else "its answer was lost" if d
             else "it did not finish in time" if s
+            else "no training examples" if not n
             else ""
-            for g, d, s in zip(gone, lost, late, strict=True)
+            for g, d, s, n in zip(gone, lost, late, full, strict=True)
         ]  # fmt: skip
         return Work(np.where(gone | lost | late, 0, done), seconds, reasons)
+
+
+def full_work(config: RunConfig, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the local steps (C,) int64 of clients with `sizes` examples in a round, and the examples they process."""
+    if config.local_steps:
+        steps = np.where(sizes > 0, config.local_steps, 0)
+        return steps, steps * np.minimum(sizes, config.batch_size)
+    return config.local_epochs * -(-sizes // config.batch_size), config.local_epochs * sizes
 
 
 def devices_of(config: RunConfig) -> Devices | None:
@@ -124,6 +132,12 @@ def check(config: RunConfig) -> None:
         }.items():  # fmt: skip
             if given:
                 raise InputError(f"{key} needs virtual time; set devices.kind=lognormal or devices.kind=trace.")
+    if own.trace and own.kind != "trace":
+        raise InputError(f"devices.trace={own.trace} is read with devices.kind=trace only; set that or drop the file.")
+    if own.kind == "trace" and not own.trace:
+        raise InputError("devices.kind=trace reads a file and none is named; set devices.trace=FILE.csv.")
+    if config.sampling.over_selection > 1 and config.faults.late == "partial":
+        raise InputError("sampling.over-selection drops who is late and faults.late=partial keeps them; choose one.")
     devices_of(config)
 
 

@@ -92,7 +92,8 @@ def _by_objective(r: LocalRound, terms: Terms, start: Tensors | None) -> tuple[T
     for s in range(steps):
         real = r.batches.weights[s, 0] > 0
         rows, weight = r.batches.rows[s, 0][real], r.batches.weights[s, 0][real]
-        found = terms.objective(params, beside, r.x[rows], r.y[rows], weight / weight.sum().clamp_min(1e-12))
+        with torch.autocast(r.x.device.type, torch.bfloat16, enabled=r.bf16):
+            found = terms.objective(params, beside, r.x[rows], r.y[rows], weight / weight.sum().clamp_min(1e-12))
         loss, reported = found if isinstance(found, tuple) else (found, found)
         _backward(loss + terms.penalty(params) if terms.penalty else loss, moving, terms, r.gradient_clip)
         advance()

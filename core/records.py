@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -121,11 +123,24 @@ def refusal(content: RecordDict, sent: Mapping[str, Array]) -> str:
                 return f"it sent '{name}', which the model does not have"
             if like is not None and tuple(array.shape) != tuple(like.shape):
                 return f"it sent '{name}' of shape {tuple(array.shape)} in place of {tuple(like.shape)}"
+            if not array.data.startswith(_header(array.dtype, tuple(array.shape))):
+                return f"it sent '{name}' in a form that is not what it says"
             values = to_numpy(array)
+            if (like is not None and values.dtype.kind != np.dtype(like.dtype).kind) or values.dtype.kind not in "fiu":
+                return f"it sent '{name}' of type {values.dtype}"
             # A sum is not finite where one of its terms is not: faster than to look at each.
             if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
                 return f"it sent '{name}' with numbers that are not finite"
     return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the first bytes of a NumPy file: what an array says of itself must be what is in it."""
+    file = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()
 
 
 def config_of(content: RecordDict) -> dict[str, Any]:

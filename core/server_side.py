@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.compression import ratio
 from core.config import RunConfig
 from core.data import Split
-from core.devices import Devices
+from core.devices import Devices, Work, full_work
 from core.records import Tensors
 
 
@@ -37,7 +37,12 @@ class ServerSide:
     def expected_seconds(self, server_round: int, clients: np.ndarray, down: int) -> np.ndarray:
         """Return the virtual seconds (C,) that clients would take for a round's whole work on `down` bytes of model."""
         assert self.devices is not None
-        examples = self.sizes[clients] * self.config.local_epochs
-        if self.config.local_steps:
-            examples = np.full(len(clients), self.config.local_steps * self.config.batch_size)
+        examples = full_work(self.config, self.sizes[clients])[1]
         return self.devices.seconds(server_round, clients, examples, down, round(down * ratio(self.config)))
+
+    def work(self, server_round: int, clients: np.ndarray, down: int) -> Work:
+        """Return what becomes of sampled clients in a round without a deadline, as they will find themselves."""
+        assert self.devices is not None
+        return self.devices.work(
+            server_round, clients, self.sizes[clients], down, round(down * ratio(self.config)), 0.0
+        )

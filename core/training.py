@@ -78,12 +78,18 @@ class LocalRound:
     sent: Mapping[str, Tensors] = field(default_factory=dict)
     """What the strategy sent beside the model, one copy for all, by kind and name."""
 
-    def mean_loss(self, weights: Tensors, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+    def mean_loss(self, weights: Tensors, x: Tensor, y: Tensor, share: Tensor, *, aside: bool = False) -> Tensor:
         """Return the mean loss of one client's batch x (B, ...), y (B,) under its weights, for an objective.
 
-        `share` (B,) adds up to 1: places that only fill a batch up have none.
+        `share` (B,) adds up to 1: places that only fill a batch up have none. What is computed `aside` leaves the
+        model's running statistics as they are: they belong to the weights that travel.
         """
+        weights = self.aside(weights) if aside else weights
         return (self.loss(functional_call(self.model, weights, (x,)), y) * share).sum()
+
+    def aside(self, weights: Tensors) -> Tensors:
+        """Return the weights with copies of the model's buffers, for a pass that must not change them."""
+        return {**{name: buffer.clone() for name, buffer in self.model.named_buffers()}, **weights}
 
     def each(self) -> Iterator[LocalRound]:
         """Yield the round of each client alone: a cohort of one."""
@@ -162,6 +168,8 @@ def assemble(
     }
     weights = fields["global_params"] if "global_params" in fields else travelling(model)
     fields["global_params"] = {name: to_device(tensor, device) for name, tensor in weights.items()}
+    sent = fields.get("sent", {})
+    fields["sent"] = {kind: {n: to_device(t, device) for n, t in own.items()} for kind, own in sent.items()}
     x_, y_ = (to_device(torch.from_numpy(values), device) for values in (x, y))
     return LocalRound(model=model, loss=loss, x=x_, y=y_, batches=batches.to(device), optimizer=optimizer, **fields)
 

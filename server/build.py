@@ -68,6 +68,10 @@ def build_strategy(config: RunConfig) -> Strategy:
         if key not in options:
             raise unknown(f"{config.strategy} option", f"strategy-options.{key}", options)
         value, default = config.strategy_options[key], options[key]
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise InputError(f"strategy-options.{key}={value!r} is neither true nor false; its default is {default}.")
+        if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value % 1:
+            raise InputError(f"strategy-options.{key}={value!r} is not a whole number; its default is {default}.")
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         if numeric and (isinstance(value, str | bool) or value < 0):
             raise InputError(f"strategy-options.{key}={value!r} is not a number from 0; its default is {default}.")
@@ -96,7 +100,7 @@ def build_strategy(config: RunConfig) -> Strategy:
     if not uniform:
         # One that does not take these from outside would wait for ever for clients that it is not offered.
         vars(strategy).update({name: plumbing[name] for name in vars(strategy).keys() & _SAMPLING})
-    _check_enough(strategy, config, sampled)
+    _check_enough(strategy, config, config.count(config.sampled))
     return strategy
 
 
@@ -109,10 +113,17 @@ def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:
     """Refuse robust rules that cannot work with so few clients; Flower's skip the round or average silently."""
     malicious, size = getattr(strategy, "num_malicious_nodes", 0), getattr(strategy, "bucket_size", 1)
     least = {"krum": 2 * malicious + 3, "multikrum": 2 * malicious + 3, "bulyan": 4 * malicious + 3}
+    buckets = math.ceil(sampled / size)
+    beta = getattr(strategy, "beta", 0.0)
+    if config.strategy == "fedtrimmedavg" and 0 < beta * buckets < 1:
+        raise InputError(
+            f"fedtrimmedavg with beta={beta:g} cuts nobody off among {buckets} answers; raise beta to {1 / buckets:.2g} or "
+            "more, or sampled."
+        )
     # One malicious client spoils its bucket: the rule sees as many malicious ones among fewer.
-    if math.ceil(sampled / size) < (needed := least.get(config.strategy, 1)):
-        buckets = f" in buckets of {size}" if size > 1 else ""
+    if buckets < (needed := least.get(config.strategy, 1)):
+        grouped = f" in buckets of {size}" if size > 1 else ""
         raise InputError(
             f"{config.strategy} with num-malicious-nodes={malicious} needs {(needed - 1) * size + 1} clients a round"
-            f"{buckets}, not {sampled}; raise sampled or clients, or lower strategy-options.num-malicious-nodes."
+            f"{grouped}, not {sampled}; raise sampled or clients, or lower strategy-options.num-malicious-nodes."
         )

@@ -14,7 +14,7 @@ from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
-from server.intake import take_in
+from server.intake import refuse_odd, take_in
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
 PATIENCE = 10
@@ -158,7 +158,7 @@ class ObservedGrid(Grid):
         messages = list(messages)
         training = [message for message in messages if message.metadata.message_type == "train"]
         if training:
-            self._trained_on = {message.metadata.dst_node_id: message.content for message in training}
+            self._trained_on |= {message.metadata.dst_node_id: message.content for message in training}
             if self.before_training:
                 self.before_training(training)
         self._payload = (None, 0)
@@ -172,10 +172,10 @@ class ObservedGrid(Grid):
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         replies = list(replies)
         for reply in replies:
-            if reply.has_content() and reply.metadata.message_type == "train":
-                content = self._trained_on[reply.metadata.src_node_id]
-                sent = next(iter(content.array_records.values()), ArrayRecord())
-                take_in(reply, sent, self.config, records.server_round(content) or 0)
+            if reply.has_content() and self._client_of is not None:
+                self._take_in(reply)
+        refuse_odd([r for r in replies if r.has_content() and r.metadata.message_type == "train"])
+        for reply in replies:
             if reply.has_error():
                 client = self.client_of(reply.metadata.src_node_id)
                 lost = reply.error.code == records.LOST
@@ -192,6 +192,15 @@ class ObservedGrid(Grid):
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
         return replies
+
+    def _take_in(self, reply: Message) -> None:
+        node, sent, server_round = reply.metadata.src_node_id, None, 0
+        if reply.metadata.message_type == "train":
+            content = self._trained_on.get(node, RecordDict())
+            sent = next(iter(content.array_records.values()), ArrayRecord())
+            server_round = records.server_round(content) or 0
+        # The engine's own answers may speak for many clients, and say which.
+        take_in(reply, sent, self.config, server_round, None if self.numbered else self.client_of(node))
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)

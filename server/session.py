@@ -78,7 +78,10 @@ class Session:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
-        config: dict[str, Any] = {records.PARTIAL_MEAN: makes_partial_means(self.config), **about.config()}
+        config: dict[str, Any] = {
+            records.PARTIAL_MEAN: makes_partial_means(self.config) and self.grid.numbered,
+            **about.config(),
+        }
         if self.saved is not None:
             checkpoints.continue_from(self.strategy, self.saved)
         seed_globals(self.config.seed, "round", self.done + 1)
@@ -264,8 +267,8 @@ class Session:
 
     def _check(self, observed: Observed, arrays: ArrayRecord, number: int) -> None:
         """Raise where going on would be pointless: nobody trained, or the new arrays do not fit the model."""
-        # That everybody was out of reach is what the configured faults may do, and not the end of the run.
-        if len(observed.failures) > observed.lost and not observed.clients["client"]:
+        # That nobody was in reach, or only hostile clients were, is what faults and attacks may do, and not the end.
+        if observed.sampled > observed.lost + observed.rejected and not observed.clients["client"]:
             reason = observed.failures[0]["reason"] if observed.failures else "none answered in timeout-seconds"
             raise RuntimeError(f"all {observed.sampled} clients of round {number} failed; the first: {reason}")
         if set(arrays) != set(self.arrays):

@@ -31,9 +31,10 @@ class VirtualClock:
         wanted = self._config.count(self._config.sampled)
         content = messages[0].content
         clients = np.array([self._server.client_of(message.metadata.dst_node_id) for message in messages])
-        number, down = records.server_round(content) or 0, records.array_bytes(content)
-        seconds = np.sort(self._server.expected_seconds(number, clients, down))
-        last = float(seconds[min(wanted, len(seconds)) - 1])
+        work = self._server.work(records.server_round(content) or 0, clients, records.array_bytes(content))
+        # Who is out of reach, or will not finish, is not among the first to answer.
+        seconds = np.sort(work.seconds[work.steps > 0])
+        last = float(seconds[min(wanted, len(seconds)) - 1]) if len(seconds) else 0.0
         self._deadline = min(last, self._deadline) if self._deadline else last
         for each in {id(message.content): message.content for message in messages}.values():
             each.config_records[records.CONFIG][records.DEADLINE] = self._deadline

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.config import RunConfig
+from core.errors import InputError
 from core.records import Tensors
 from core.training import LocalRound, LocalUpdate, everybody, local_sgd
 from strategies.linear import Linear
@@ -29,10 +31,20 @@ class APFL(Linear):
         self.mixture, self.adaptive = mixture, adaptive
 
     @staticmethod
+    def check(config: RunConfig, model: nn.Module) -> None:
+        """Refuse what would act on w, v and alpha as if they were one model."""
+        if config.gradient_clip or config.weight_decay or config.optimizer != "sgd":
+            raise InputError(
+                "apfl moves w, v and the mixture together, each by its own gradient: it takes optimizer=sgd, "
+                "gradient-clip=0 and weight-decay=0."
+            )
+
+    @staticmethod
     def initial_state(r: LocalRound) -> dict[str, Tensors]:
         """Return v = w and the first alpha."""
         alpha = next(iter(r.global_params.values())).new_tensor([float(r.options["mixture"])])
-        return {OWN: dict(r.global_params), MIXTURE: {ALPHA: alpha}}
+        names = [name for name, p in r.model.named_parameters() if p.requires_grad]
+        return {OWN: {name: r.global_params[name] for name in names}, MIXTURE: {ALPHA: alpha}}
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
@@ -44,22 +56,22 @@ class APFL(Linear):
             loss = r.mean_loss({name: p[name] for name in names}, x, y, share)
             fixed = {name: p[name].detach() for name in names}
             v = {name: p[f"{OWN}:{name}"] for name in names}
-            return loss + r.mean_loss(mixed(v, fixed, p[ALPHA]), x, y, share), loss
+            return loss + r.mean_loss(mixed(v, fixed, p[ALPHA]), x, y, share, aside=True), loss
 
         start = everybody({name: r.global_params[name] for name in names}, cohort)
         start |= {f"{OWN}:{name}": r.state[OWN][name] for name in names} | {ALPHA: r.state[MIXTURE][ALPHA]}
         only = [name for name in start if name != ALPHA or r.options["adaptive"]]
         update = local_sgd(r, objective=objective, start=start, only=only)
-        own = {**r.state[OWN], **{name: update.params[f"{OWN}:{name}"] for name in names}}
+        own = {name: update.params[f"{OWN}:{name}"] for name in names}
         params = {name: p for name, p in update.params.items() if name in r.global_params}
         kept = {OWN: own, MIXTURE: {ALPHA: update.params[ALPHA].clamp(0, 1)}}
         return LocalUpdate(params, update.loss, state=kept)
 
     @staticmethod
     def personal_model(r: LocalRound) -> Tensors:
-        """Return alpha v + (1 - alpha) w."""
+        """Return alpha v + (1 - alpha) w, with w's running statistics."""
         w = everybody(r.global_params, len(r.batches.steps))
-        return mixed(r.state[OWN], w, r.state[MIXTURE][ALPHA])
+        return {**w, **mixed(r.state[OWN], w, r.state[MIXTURE][ALPHA])}
 
 
 def mixed(v: Tensors, w: Tensors, alpha: Tensor) -> Tensors:

@@ -30,6 +30,7 @@ from core.errors import InputError
 from core.records import to_arrays, to_numpy
 from core.seeding import rng
 from core.server_side import ServerSide
+from strategies.requirements import trainable
 
 
 class FedBuff(strategy.FedAvg):
@@ -70,8 +71,9 @@ class FedBuff(strategy.FedAvg):
             )
 
     def set_up(self, server: ServerSide) -> None:
-        """Learn the clients' devices."""
+        """Learn the clients' devices, and which tensors are parameters."""
         self.server = server
+        self.names = trainable(server)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -120,8 +122,11 @@ class FedBuff(strategy.FedAvg):
         total = {name: np.zeros(value.shape) for name, value in model.items()}
         for staleness, trained, began in answers:
             for name in total:
-                total[name] += self.discount(staleness) * (trained[name] - began[name])
-        return {name: model[name] + self.server_learning_rate / len(answers) * total[name] for name in model}
+                # Statistics move towards the answer's own: a stale difference could make a variance negative.
+                origin = began[name] if name in self.names else model[name]
+                total[name] += self.discount(staleness) * (trained[name] - origin)
+        eta = {name: self.server_learning_rate if name in self.names else 1.0 for name in model}
+        return {name: model[name] + eta[name] / len(answers) * total[name] for name in model}
 
     def discount(self, staleness: int) -> float:
         """Return s(t) = (1 + t)^-a."""

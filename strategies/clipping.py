@@ -40,6 +40,8 @@ class CentredClipping(Rule):
     """Mean of what differs little from the last round's update."""
 
     def __init__(self, *, radius: float = 0.0, iterations: int = 3, **options: Any) -> None:
+        if iterations < 1:
+            raise ValueError("iterations must be at least 1")
         super().__init__(**options)
         self.radius, self.iterations = radius, int(iterations)
         self.last = np.zeros(1, np.float32)

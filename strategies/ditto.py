@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from core.config import RunConfig
+from core.errors import InputError
 from core.records import Tensors
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Linear
@@ -23,6 +27,16 @@ class Ditto(Linear):
     def __init__(self, *, proximity: float = 0.1, **fedavg: Any) -> None:
         super().__init__(**fedavg)
         self.proximity = proximity
+
+    @staticmethod
+    def check(config: RunConfig, model: nn.Module) -> None:
+        """Refuse a pull that plain SGD would turn into oscillation."""
+        near = config.strategy_options.get("proximity", 0.1)
+        if config.optimizer == "sgd" and isinstance(near, int | float) and config.learning_rate * near >= 1:
+            raise InputError(
+                f"strategy-options.proximity={near} times learning-rate={config.learning_rate:g} is 1 or more, and every "
+                "step would overshoot; lower one of them."
+            )
 
     @staticmethod
     def initial_state(r: LocalRound) -> dict[str, Tensors]:

@@ -1,9 +1,9 @@
 """FedNova: clients that take unlike numbers of local steps no longer pull the optimum. Wang et al., NeurIPS 2020.
 
-Client i's update x - x_i is divided by ||a_i||_1, what its steps add up to: d_i. The server moves by tau_eff mean(d_i)
-with tau_eff = mean(||a_i||_1), both weighted by p_i = n_i / n (equations 6 and 10). a_i is that of SGD, with local
-momentum rho that of section 4: ||a_i||_1 = (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho). Running statistics are
-averaged as in FedAvg.
+Client i's update x - x_i is divided by ||a_i||_1, what its steps add up to: d_i. It sends x - d_i, which attacks and
+compression see as any model. The server moves by tau_eff mean(d_i) with tau_eff = mean(||a_i||_1), both weighted by
+p_i = n_i / n (equations 6 and 10). a_i is that of SGD, with local momentum rho that of section 4: ||a_i||_1 = (tau -
+rho (1 - rho^tau) / (1 - rho)) / (1 - rho). Running statistics are averaged as in FedAvg.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from flwr.app import MetricRecord
 from torch import nn
 
 from core.config import RunConfig
+from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Linear, Vectors
-from strategies.requirements import needs_plain_sgd, per_client
+from strategies.requirements import needs_plain_sgd, per_client, trainable
 
-DIRECTION, TAU = "direction", "tau"
+TAU = "tau"
 
 
 class FedNova(Linear):
@@ -30,21 +31,25 @@ class FedNova(Linear):
         """Refuse local optimisers whose a_i is not known."""
         needs_plain_sgd(config, "fednova's normalised updates", momentum=True)
 
+    def set_up(self, server: ServerSide) -> None:
+        """Learn which tensors take steps: running statistics do not."""
+        self.names = trainable(server)
+
     def combine(self, mean: Vectors, beside: dict[str, Vectors], metrics: MetricRecord, weight: float) -> Vectors:
         """Return x - tau_eff sum_i p_i d_i."""
         tau: Any = metrics[TAU]
-        return mean | {name: self.current[name] - tau * d for name, d in beside[DIRECTION].items()}
+        return mean | {name: self.current[name] + tau * (mean[name] - self.current[name]) for name in self.names}
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
-        """Return d_i in place of x_i, and ||a_i||_1."""
+        """Return x - d_i in place of x_i, and ||a_i||_1."""
         update = local_sgd(r)
         rho = float(getattr(r.optimizer, "keywords", {}).get("momentum", 0.0))
         steps = r.batches.steps.to(torch.float32)
-        tau = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-        own = {name for name, p in r.model.named_parameters() if p.requires_grad}
-        direction = {
-            name: (r.global_params[name] - p) / per_client(tau, p) for name, p in update.params.items() if name in own
-        }
-        statistics = {name: p for name, p in update.params.items() if name not in own}
-        return LocalUpdate(statistics, update.loss, {TAU: tau}, {}, {DIRECTION: direction})
+        tau = ((steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)).to(update.loss.device)
+        own = [name for name, p in r.model.named_parameters() if p.requires_grad]
+        normalised = {
+            name: r.global_params[name] + (update.params[name] - r.global_params[name])
+            / per_client(tau, update.params[name]) for name in own
+        }  # fmt: skip
+        return LocalUpdate({**update.params, **normalised}, update.loss, {TAU: tau})

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid, strategy
+from torch import nn
 
 from core import bundle, records
+from core.config import RunConfig
+from core.errors import InputError
 from core.records import Tensors, WeightedMean, to_arrays, to_numpy, travelling
 from core.seeding import derive
 from core.server_side import ServerSide
@@ -36,6 +39,15 @@ class IFCA(strategy.FedAvg):
         super().__init__(**fedavg)
         self.clusters = int(clusters)
         self.models: list[dict[str, np.ndarray]] = []
+
+    @staticmethod
+    def check(config: RunConfig, model: nn.Module) -> None:
+        """Refuse what looks at a client's update: the server does not know which model it is an update of."""
+        if config.compression.kind == "top-k" or config.attack.kind not in ("none", "label-flip", "backdoor"):
+            raise InputError(
+                "ifca's clients send one of several models, not an update: choose compression.kind other than top-k and "
+                "attack.kind=label-flip or backdoor."
+            )
 
     def set_up(self, server: ServerSide) -> None:
         """Begin with the run's initial model and others from seeds of their own."""

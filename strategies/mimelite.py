@@ -17,6 +17,7 @@ from flwr.app import MetricRecord
 from torch import nn
 
 from core.config import RunConfig
+from core.errors import InputError
 from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, global_gradient, local_sgd
 from strategies.linear import Uniform, Vectors
@@ -39,6 +40,8 @@ class MimeLite(Uniform):
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse local optimisers other than that whose momentum the server keeps."""
         needs_plain_sgd(config, "mimelite's local steps")
+        if config.weight_decay:
+            raise InputError("weight-decay acts on a tenth of mimelite's step only; set weight-decay=0.")
 
     def set_up(self, server: ServerSide) -> None:
         """Begin with a momentum of zero."""

@@ -45,8 +45,8 @@ class Moon(Linear):
         def objective(w: Tensors, previous: Tensors, x: Tensor, y: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
             logits, z = _features(r.model, w, x)
             loss = (r.loss(logits, y) * share).sum()
-            near = F.cosine_similarity(z, _features(r.model, shared, x)[1].detach(), dim=1) / temperature
-            far = F.cosine_similarity(z, _features(r.model, previous, x)[1].detach(), dim=1) / temperature
+            near = F.cosine_similarity(z, _features(r.model, r.aside(shared), x)[1].detach(), dim=1) / temperature
+            far = F.cosine_similarity(z, _features(r.model, r.aside(previous), x)[1].detach(), dim=1) / temperature
             # -log(e^near / (e^near + e^far)) is softplus(far - near).
             return loss + mu * (F.softplus(far - near) * share).sum(), loss
 

@@ -8,6 +8,7 @@ the traffic. Running statistics are plain weighted means.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ class PerFedAvg(Linear):
 def _gradient(r: LocalRound, own: Tensors, x: Tensor, y: Tensor, share: Tensor) -> Tensors:
     """Return the gradient of the mean loss, through which one can differentiate again."""
     if r.vectorised:
-        return grad(r.mean_loss)(own, x, y, share)
+        return grad(functools.partial(r.mean_loss, aside=True))(own, x, y, share)
     # torch.func refuses models that change a buffer.
-    found = torch.autograd.grad(r.mean_loss(own, x, y, share), list(own.values()), create_graph=True)
+    found = torch.autograd.grad(r.mean_loss(own, x, y, share, aside=True), list(own.values()), create_graph=True)
     return dict(zip(own, found, strict=True))
 
 

@@ -19,6 +19,8 @@ def needs_plain_sgd(config: RunConfig, what: str, *, momentum: bool = False) -> 
             f"optimizer={config.optimizer} with momentum={config.momentum:g}: {what} take local steps of plain SGD; "
             "set optimizer=sgd momentum=0 with a learning-rate of its kind."
         )
+    if config.gradient_clip and not momentum:
+        raise InputError(f"gradient-clip={config.gradient_clip:g}: {what} are no longer what the paper sums up; set 0.")
 
 
 def local_rate(r: LocalRound) -> float:

@@ -117,11 +117,13 @@ class FedDF(strategy.FedAvg):
         student = records.load_into(model, start).train()
         order = np.random.default_rng(derive(self.server.config.seed, "distillation", server_round))
         optimizer = torch.optim.Adam(student.parameters(), self.rate)
-        for _ in range(self.steps):
-            rows = torch.from_numpy(order.permutation(len(x))[: self.batch])
-            optimizer.zero_grad()
-            _distance(student(x[rows]), teacher[rows]).backward()
-            optimizer.step()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.server.config.seed, "distillation-dropout", server_round))
+            for _ in range(self.steps):
+                rows = torch.from_numpy(order.permutation(len(x))[: self.batch])
+                optimizer.zero_grad()
+                _distance(student(x[rows]), teacher[rows]).backward()
+                optimizer.step()
         return to_arrays(travelling(student)), metrics
 
 
