@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from client.setting import Setting, client_of, epochs_of, inputs, open_setting, 
 from core import adversary, records
 from core.metrics import score_counts, score_each, weighted_means
 from core.records import Tensors
-from core.seeding import derive
-from core.training import LocalUpdate, assemble, learning_rate, local_sgd, make_optimizer, train_each
+from core.seeding import seeds
+from core.training import LocalRound, LocalUpdate, assemble, learning_rate, local_sgd, make_optimizer, train_each
 from tasks import standardise
 from tasks.base import predict, probabilities
 
@@ -68,32 +67,29 @@ def _personal(setting: Setting, content: RecordDict, contexts: Sequence[Context]
     number = records.server_round(content) or 0
     x, y, sizes = inputs(setting, "train", clients, round_config)
     epochs = max(config.fine_tune_epochs, 1)
-    seeds = tuple(derive(config.seed, "fine-tune", number, client) for client in clients)
+    drawn = seeds(config.seed, "fine-tune", number, clients=clients)
     r = assemble(
         config, setting.model, setting.task.loss, x, y,
         epochs_of(config, ("fine-tune", number), clients, sizes, epochs),
         make_optimizer(config, learning_rate(config, number)),
         global_params=params,
         config=round_config,
-        seed=seeds[0],
-        seeds=seeds,
+        seed=drawn[0],
+        seeds=drawn,
         sizes=tuple(sizes),
         options=setting.half.options,
         sent=sent,
     )  # fmt: skip
     r = setting.with_past(r, contexts)
-    if setting.half.personal_model is None:
-        return train_each(local_sgd, r).params
     make = setting.half.personal_model
-    nothing = torch.zeros(len(clients))
-    own = train_each(lambda each: LocalUpdate(make(each), nothing[: len(each.sizes)]), r).params
-    if config.fine_tune_epochs:
-        tuned = [
-            local_sgd(replace(alone, vectorised=False), start={name: t[i : i + 1] for name, t in own.items()}).params
-            for i, alone in enumerate(r.each())
-        ]
-        own = {name: torch.cat([params[name] for params in tuned]) for name in tuned[0]}
-    return own
+
+    def own(each: LocalRound) -> LocalUpdate:
+        start = make(each) if make else None
+        if config.fine_tune_epochs or start is None:
+            return local_sgd(each, start=start)
+        return LocalUpdate(start, torch.zeros(len(each.sizes)))
+
+    return train_each(own, r).params
 
 
 def _predict_each(setting: Setting, params: Tensors, x: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

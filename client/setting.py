@@ -12,7 +12,7 @@ from flwr.app import Context, MetricRecord, RecordDict
 from torch import nn
 
 from client.attacks import Attack
-from core import bundle, compression, records
+from core import bundle, records
 from core.batches import Batches, plan, stream
 from core.compression import Compressor
 from core.config import RunConfig
@@ -66,7 +66,7 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> Setting:
     return Setting(
         config, task, model, federation_of(config), records.travelling(model), client_half(config),
         devices_of(config), Attack.of(config), processors_of(config),
-        Compressor(config) if compression.check(config) else None,
+        Compressor(config) if config.compression.kind != "none" else None,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from client.setting import Setting, batches_of, client_of, inputs, note_batches,
 from core import adversary, bundle, compression, records
 from core.devices import Work
 from core.records import Tensors
-from core.seeding import derive
+from core.seeding import seeds
 from core.training import LocalRound, LocalUpdate, assemble, learning_rate, make_optimizer, train_each
 
 
@@ -106,15 +106,15 @@ def _learn(
         raise ValueError("no training examples")
     x, y = adversary.poisoned(config, x, y, sizes, clients, len(setting.task.labels))
     batches = batches_of(config, this.number, clients, sizes, contexts)
-    seeds = tuple(derive(config.seed, "model", this.number, client) for client in clients)
+    own = seeds(config.seed, "model", this.number, clients=clients)
     cohort = assemble(
         config, setting.model, setting.task.loss, x, y,
         batches if steps is None else batches.cut(steps),
         make_optimizer(config, learning_rate(config, this.number)),
         global_params=this.params,
         config=this.config,
-        seed=seeds[0],
-        seeds=seeds,
+        seed=own[0],
+        seeds=own,
         sizes=tuple(sizes),
         options=setting.half.options,
         sent=this.sent,

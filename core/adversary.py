@@ -12,7 +12,7 @@ from core.seeding import rng
 
 KINDS = {
     "none": "all clients are honest",
-    "label-flip": "trains on labels shifted by one, or flipped to attack.target's opposite for two classes",
+    "label-flip": "trains on labels shifted by one: of two labels, on the other",
     "backdoor": "half of its examples carry a trigger and the label attack.target (Gu et al. 2017; Bagdasaryan 2020)",
     "sign-flip": "sends the global model minus its update, attack.strength times (1)",
     "scaling": "sends its update attack.strength times (10)",

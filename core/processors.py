@@ -11,7 +11,7 @@ from typing import Protocol
 
 from core.config import RunConfig
 from core.errors import InputError
-from core.plugins import load
+from core.plugins import first_line, foreign, load
 from core.training import LocalRound, LocalUpdate
 
 GROUP = "fedra.processors"
@@ -25,14 +25,20 @@ class Processor(Protocol):
         ...
 
 
+def plugins() -> dict[str, str]:
+    """Return the processors of other packages: where each comes from, and a sentence."""
+    return foreign("processors", {}, GROUP, lambda name, found: first_line(_checked(name, found)))
+
+
 def processors_of(config: RunConfig) -> Sequence[Processor]:
     """Return the configured processors; `InputError` names one that cannot be loaded."""
-    found = []
-    for name in filter(None, (part.strip() for part in config.processors.split(","))):
-        processor = load("processor", name, {}, GROUP)
-        if isinstance(processor, type):
-            processor = processor()
-        if not callable(processor):
-            raise InputError(f"processor '{name}' is {processor!r}, not a function of (update, r).")
-        found.append(processor)
-    return found
+    names = filter(None, (part.strip() for part in config.processors.split(",")))
+    return [_checked(name, load("processors", name, {}, GROUP)) for name in names]
+
+
+def _checked(name: str, found: object) -> Processor:
+    """Return the processor, made if it is a class; `InputError` when it cannot be called."""
+    made = found() if isinstance(found, type) else found
+    if not callable(made):
+        raise InputError(f"processor '{name}' is {made!r}, not a function of (update, r).")
+    return made

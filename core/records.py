@@ -30,6 +30,8 @@ UPLINK_BYTES = "uplink-bytes"
 ENCODED = "encoded"
 # Code of an error that is no fault: the client could not be reached, or was too late.
 LOST = 1000
+# How the reason begins for which the server took nothing of an answer.
+REJECTED = "rejected"
 SPLIT = "split"
 THRESHOLD = "threshold"
 SCORE_COUNTS = "score-counts"

@@ -132,7 +132,7 @@ class Attack(Section):
     strength: float = Field(
         0.0, ge=0, description="Factor, noise or deviation of the attack; 0 is the usual one of its paper."
     )
-    target: int = Field(0, ge=0, description="Label that a backdoor or a flip leads to.")
+    target: int = Field(0, ge=0, description="Label that a backdoor leads to.")
 
 
 class Compression(Section):

@@ -41,6 +41,12 @@ def permutations(
     return keys.reshape(len(own), times, size).argsort(axis=2)
 
 
+def seeds(seed: int, *path: int | str, clients: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """Return an int in [0, 2**63) for each client that belongs to (seed, path, client) alone."""
+    own = _split_mix(np.uint64(derive(seed, *path)), np.asarray(clients, dtype=np.uint64))
+    return tuple((own >> np.uint64(1)).tolist())
+
+
 def uniforms(seed: int, *path: int | str, clients: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return a number in [0, 1) for each client, (clients,) float64, that belongs to (seed, path, client) alone."""
     own = _split_mix(np.uint64(derive(seed, *path)), np.asarray(clients, dtype=np.uint64))

@@ -1,7 +1,7 @@
 """Save nested state without pickles: plain values as JSON, arrays as safetensors.
 
-A tree is made of dicts (string or integer keys), lists, tuples, numbers, strings, None, NumPy arrays and Flower's
-records. Anything else raises `TypeError` naming the place: a checkpoint must not lose something silently.
+A tree is made of dicts (string or integer keys), lists, tuples, numbers, strings, bytes, None, NumPy arrays and
+Flower's records. Anything else raises `TypeError` naming the place: a checkpoint must not lose something silently.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def _pack(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
             raise TypeError(f"{where}: two keys have the same name")
         arrays[where] = np.asarray(value, order="C")
         return {"array" if isinstance(value, np.ndarray) else "scalar": where}
+    if isinstance(value, bytes):
+        return {"bytes": _pack(np.frombuffer(value, np.uint8), where, arrays)}
     if isinstance(value, Array):
         return {"flower-array": _pack(to_numpy(value), where, arrays)}
     for kind, record in _RECORDS.items():
@@ -75,6 +77,8 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return arrays[content][()]
     if kind == "flower-array":
         return Array(np.asarray(_unpack(content, arrays)))
+    if kind == "bytes":
+        return _unpack(content, arrays).tobytes()
     if kind in _RECORDS:
         return _RECORDS[kind](_unpack(content, arrays))
     if kind == "dict":

@@ -1,93 +1,61 @@
-"""Strategies compared over seeds: one table for the terminal and the page, curves, and links to each run's report."""
+"""The page of a comparison: tables, curves of every variant, and links to each run's report."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from reports import look, markup
 from reports.load import nested, read_rounds, series
 from reports.markup import Section, cell, element, figure, join, key, paragraph
-from reports.words import SCORES, duration, finite, metric, number, ordered, plural
+from reports.variants import (
+    STRATEGY,
+    Interval,
+    Row,
+    completed,
+    costs,
+    interval,
+    metrics,
+    names_of,
+    of_clients,
+    personal,
+    summaries,
+    table,
+    variant_of,
+    worst_heading,
+)
+from reports.words import SCORES, duration, metric, number, ordered, plural
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-POOLED, ALONE = "pooled data", "clients alone"
-# A title that lists more strategies than this is not read.
+# A title that lists more variants than this is not read.
 NAMED = 4
-Row = Mapping[str, Any]
+FARES = {"mean": "Mean over clients.", "worst": "Worst client."}
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over n runs and the half-width of its 95 % confidence interval, None where n < 2."""
-
-    mean: float | None
-    half_width: float | None
-    n: int
-    digits: int = 3
-
-    def __str__(self) -> str:
-        if self.half_width is None:
-            return number(self.mean, self.digits)
-        return f"{number(self.mean, self.digits)} ± {number(self.half_width, self.digits)}"
-
-
-def interval(values: Iterable[object], digits: int = 3) -> Interval:
-    """Return mean and 95 % confidence interval by Student's t; None and nan do not count."""
-    known = [value for value in map(finite, values) if value is not None]
-    if len(known) < 2:
-        return Interval(known[0] if known else None, None, len(known), digits)
-    from scipy.special import stdtrit
-
-    t = float(stdtrit(len(known) - 1, 0.975))
-    return Interval(fmean(known), t * stdev(known) / math.sqrt(len(known)), len(known), digits)
-
-
-def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a dict per strategy, in order of appearance, and one per baseline where the runs have them.
-
-    `rows` are the runs: {"strategy", "seed", "path", "summary"}. Keys are headings: Strategy, Runs, a metric's title,
-    "Worst client <metric>" for the most telling one, Clients/s. Numbers are `Interval`s, whose text is what the page
-    shows. Only completed runs count: a run that was cut short would pull the mean down.
-    """
-    done = _completed(rows)
-    names = _metrics(done)
-    out = []
-    for strategy in _strategies(rows):
-        own = [row["summary"] for row in done if row["strategy"] == strategy]
-        values = {metric(name).title: interval(nested(s, "metrics", name) for s in own) for name in names}
-        worst = {_worst(name): interval(_clients_worst(s, name) for s in own) for name in names[:1]}
-        speed = interval((s.get("clients_per_second") for s in own), digits=1)
-        out.append({"Strategy": strategy, "Runs": len(own), **values, **worst, "Clients/s": speed})
-    return out + _baselines(done, names)
-
-
-def write_comparison(path: Path, rows: Sequence[Row], title: str = "") -> Path:
+def write_comparison(path: Path, rows: Sequence[Row], title: str = "", by: str = STRATEGY) -> Path:
     """Write the page of a comparison and return its path; links to the runs' reports are relative to it."""
-    strategies = _strategies(rows)
-    compared = ", ".join(strategies) if len(strategies) <= NAMED else f"{len(strategies)} strategies"
-    title = title or f"{rows[0]['summary'].get('task', 'runs')}: {compared}"
-    parts = [_overview(rows), _curves(rows), _worst_clients(rows), _runs(rows, path.parent)]
+    names = names_of(rows)
+    compared = ", ".join(names) if len(names) <= NAMED else f"{len(names)} strategies"
+    task = rows[0]["summary"].get("task", "runs")
+    title = title or (f"{task}: {compared}" if by == STRATEGY else f"{task} by {by}")
+    parts = [_overview(rows, by), _curves(rows), _clients(rows, by), _runs(rows, path.parent, by)]
     found = [part for part in parts if part is not None]
-    about = element("p", _about(rows), class_="about")
+    about = element("p", _about(rows, by), class_="about")
     top = join([element("div", element("h1", title), class_="head"), about])
     path.write_text(markup.page(title, top, "", found, "Written by Fedra. This page loads nothing."), encoding="utf-8")
     return path
 
 
-def _overview(rows: Sequence[Row]) -> Section:
-    summary = table(rows)
-    headings = list(summary[0])
-    best = {heading: _best(heading, summary, name) for heading, name in _headings(rows).items()}
-    reference = [row["Strategy"] in (POOLED, ALONE) for row in summary]
+def _overview(rows: Sequence[Row], by: str) -> Section:
+    summary = table(rows, by)
+    headings, many = list(summary[0]), len(names_of(rows))
+    best = {heading: _best(heading, summary[:many], name) for heading, name in _headings(rows).items()}
+    reference = [i >= many for i in range(len(summary))]
 
     def shown(heading: str, value: object, marked: bool) -> object:
         is_best = marked and isinstance(value, Interval) and value.mean is not None and value.mean == best.get(heading)
@@ -103,29 +71,29 @@ def _overview(rows: Sequence[Row]) -> Section:
         "The best mean is in colour: where intervals overlap, it may be chance. "
         "Runs of one seed share partitions and first weights."
     )
-    content = [markup.table(headings, body, classes=classes), paragraph(note, quiet=True)]
-    return Section("strategies", "Strategies", join(content))
+    content = [markup.table(headings, body, classes=classes), paragraph(f"{note} {personal(rows)}", quiet=True)]
+    return Section("strategies", "Strategies" if by == STRATEGY else f"By {by}", join(content))
 
 
 def _curves(rows: Sequence[Row]) -> Section | None:
-    """Return the central metrics by round: each strategy's mean over seeds with its confidence band."""
-    strategies = _strategies(rows)
-    runs = [(row["strategy"], read_rounds(Path(row["path"]))) for row in _completed(rows)]
+    """Return the central metrics by round: each variant's mean over seeds with its confidence band."""
+    variants = names_of(rows)
+    runs = [(variant_of(row), read_rounds(Path(row["path"]))) for row in completed(rows)]
     panels = []
     for name in ordered(name for _, rounds in runs for row in rounds for name in row.get("central") or {}):
-        curves = {s: [series(rounds, "central", name) for own, rounds in runs if own == s] for s in strategies}
+        curves = {v: [series(rounds, "central", name) for own, rounds in runs if own == v] for v in variants}
         panels.append(figure(_curve_figure(name, curves), metric(name).title))
     if not panels:
         return None
-    legend = key(("dash" if dash == "dash" else "line", color, name) for dash, color, name in _styles(strategies))
+    legend = key(("dash" if dash == "dash" else "line", color, name) for dash, color, name in _styles(variants))
     note = paragraph("On the central test set; bands are 95 % confidence intervals of the mean.", quiet=True)
     return Section("curves", "Learning curves", join([note, legend, element("div", *panels, class_="grid")]))
 
 
 def _curve_figure(name: str, curves: Mapping[str, Sequence[tuple[list[int], list[float | None]]]]) -> go.Figure:
     traces, longest = [], 1
-    for dash, color, strategy in _styles(curves):
-        values = [dict(zip(*run, strict=True)) for run in curves[strategy]]
+    for dash, color, variant in _styles(curves):
+        values = [dict(zip(*run, strict=True)) for run in curves[variant]]
         # Only rounds that all runs reached: a mean over the survivors would bend where a run stops early.
         rounds = sorted(set.intersection(*(set(run) for run in values))) if values else []
         means = [interval(run[r] for run in values) for r in rounds]
@@ -133,7 +101,7 @@ def _curve_figure(name: str, curves: Mapping[str, Sequence[tuple[list[int], list
         if any(m.half_width is not None for m in means):
             traces.append(_band(rounds, means, color))
         y = [m.mean for m in means]
-        traces.append(look.line(rounds, y, look.text(strategy), color, dash=dash, hovertemplate="%{y:.3f}"))
+        traces.append(look.line(rounds, y, look.text(variant), color, dash=dash, hovertemplate="%{y:.3f}"))
     axis = look.metric_axis(name, [value for trace in traces for value in trace["y"]])
     return look.figure(traces, look.round_axis(longest), axis, hovermode="x unified")
 
@@ -147,67 +115,62 @@ def _band(rounds: list[int], means: list[Interval], color: str) -> dict[str, Any
     return {"type": "scatter", "mode": "lines", **points, **style}
 
 
-def _worst_clients(rows: Sequence[Row]) -> Section | None:
-    done = _completed(rows)
-    names = [name for name in _metrics(done) if any(_clients_worst(row["summary"], name) is not None for row in done)]
-    body = [
-        [s, *(interval(_clients_worst(row["summary"], n) for row in done if row["strategy"] == s) for n in names)]
-        for s in _strategies(rows)
-    ]
-    note = paragraph(
-        "The client that the global model serves worst, on its own test split; mean over runs.", quiet=True
-    )
-    content = [note, markup.table(["Strategy", *(metric(name).title for name in names)], body, even=True)]
-    return Section("worst", "Worst client", join(content)) if names else None
+def _clients(rows: Sequence[Row], by: str) -> Section | None:
+    done = completed(rows)
+    parts: list[Any] = []
+    for part, note in FARES.items():
+        names = [n for n in metrics(done) if any(of_clients(row["summary"], n, part) is not None for row in done)]
+        if names:
+            body = [
+                [variant, *(interval(of_clients(s, name, part) for s in own) for name in names)]
+                for variant, own in summaries(rows).items()
+            ]
+            parts += [paragraph(note), markup.table([by, *(metric(n).title for n in names)], body, even=True)]
+    cost = costs(rows, by)
+    if len(cost[0]) > 1:
+        body = [list(row.values()) for row in cost]
+        parts += [paragraph("Cost."), markup.table(list(cost[0]), body, even=True)]
+    if not parts:
+        return None
+    whose = personal(rows) or "Numbers of clients are of the global model on their own test splits."
+    note = paragraph(f"{whose} Means over runs.", quiet=True)
+    return Section("clients", "Clients and cost", join([note, *parts]))
 
 
-def _runs(rows: Sequence[Row], start: Path) -> Section:
-    names = [name for name in _metrics(rows) if name in SCORES]
+def _runs(rows: Sequence[Row], start: Path, by: str) -> Section:
+    names = [name for name in metrics(rows) if name in SCORES]
     body = []
     for row in rows:
         summary = row["summary"]
         report = Path(os.path.relpath(Path(row["path"]) / "report.html", start)).as_posix()
         link = element("a", "report", href=quote(report))
-        words = [row["strategy"], row["seed"], summary.get("status", ""), link]
+        words = [variant_of(row), row["seed"], summary.get("status", ""), link]
         numbers = [number(nested(summary, "metrics", name)) for name in names]
         body.append(
             [*(cell(word, "text") for word in words), *numbers, summary.get("rounds"), duration(summary.get("seconds"))]
         )
-    headings = ["Strategy", "Seed", "Status", "Report", *(metric(name).title for name in names), "Rounds", "Time"]
+    headings = [by, "Seed", "Status", "Report", *(metric(name).title for name in names), "Rounds", "Time"]
     return Section("runs", "Runs", markup.table(headings, body, text=4))
 
 
-def _baselines(done: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for pooled training and one for clients alone; they depend on the seed, not on the strategy."""
-    by_seed = {row["seed"]: row["summary"]["baselines"] for row in done if row["summary"].get("baselines")}
-    out = []
-    for title, kind in ((POOLED, "central"), (ALONE, "local")):
-        own = [found[kind] for found in by_seed.values() if found.get(kind)]
-        if own:
-            values = {metric(name).title: interval(found.get(name) for found in own) for name in names}
-            worst = {_worst(n): interval(nested(found, "own_test", n, "worst") for found in own) for n in names[:1]}
-            out.append({"Strategy": title, "Runs": len(own), **values, **worst, "Clients/s": interval([])})
-    return out
-
-
-def _best(heading: str, summary: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Return the best strategy's mean in a column, None where they do not differ."""
-    own = [row[heading].mean for row in summary if row["Strategy"] not in (POOLED, ALONE)]
-    known = [mean for mean in own if mean is not None]
+def _best(heading: str, variants: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the best variant's mean in a column, None where they do not differ."""
+    known = [row[heading].mean for row in variants if row[heading].mean is not None]
     pick = max if metric(name).higher_is_better else min
     return pick(known) if len(set(known)) > 1 else None
 
 
 def _headings(rows: Sequence[Row]) -> dict[str, str]:
     """Return the metric behind each heading that holds one."""
-    names = _metrics(_completed(rows))
-    return {**{metric(name).title: name for name in names}, **{_worst(name): name for name in names[:1]}}
+    names = metrics(completed(rows))
+    return {**{metric(name).title: name for name in names}, **{worst_heading(name): name for name in names[:1]}}
 
 
-def _about(rows: Sequence[Row]) -> str:
-    first, done = rows[0]["summary"], _completed(rows)
+def _about(rows: Sequence[Row], by: str) -> str:
+    first, done = rows[0]["summary"], completed(rows)
     seeds = len({row["seed"] for row in rows})
-    said = f"{plural(len(_strategies(rows)), 'strategy', 'strategies')}, {plural(seeds, 'seed')}"
+    one, many = ("strategy", "strategies") if by == STRATEGY else ("variant", "variants")
+    said = f"{plural(len(names_of(rows)), one, many)}, {plural(seeds, 'seed')}"
     unfinished = (
         f" · {plural(len(rows) - len(done), 'run')} not completed and not counted" if len(done) < len(rows) else ""
     )
@@ -215,27 +178,7 @@ def _about(rows: Sequence[Row]) -> str:
     return " · ".join(part for part in (data, said) if part) + unfinished
 
 
-def _completed(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["summary"].get("status") == "completed"]
-
-
-def _strategies(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(str(row["strategy"]) for row in rows))
-
-
-def _metrics(rows: Sequence[Row]) -> list[str]:
-    return ordered(name for row in rows for name in row["summary"].get("metrics") or {})
-
-
-def _worst(name: str) -> str:
-    return f"Worst client {metric(name).title}"
-
-
-def _clients_worst(summary: Mapping[str, Any], name: str) -> float | None:
-    return finite(nested(summary, "clients_metrics", name, "worst"))
-
-
-def _styles(strategies: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return (dash, colour, strategy) of each: dashed lines when the colours are used up."""
+def _styles(variants: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return (dash, colour, variant) of each: dashed lines when the colours are used up."""
     many = len(look.PALETTE)
-    return [("dash" if i >= many else "solid", look.PALETTE[i % many], name) for i, name in enumerate(strategies)]
+    return [("dash" if i >= many else "solid", look.PALETTE[i % many], name) for i, name in enumerate(variants)]

@@ -35,6 +35,16 @@ class RunData:
     """labels, names, label_counts (clients x labels), sizes of splits; empty when the clients never described them."""
     config: dict[str, Scalar]
 
+    @property
+    def personal(self) -> bool:
+        """Return whether the clients evaluated models of their own, and not the global one."""
+        return bool(self.summary.get("personal"))
+
+    def name(self, client: int) -> str:
+        """Return what a client calls itself, its number where that was not asked for."""
+        names = dict(zip(described(self.heterogeneity), self.heterogeneity.get("names") or [], strict=False))
+        return str(names.get(client, f"client {client}"))
+
 
 def load(folder: Path) -> RunData:
     """Return a run folder's content; `InputError` when it is no run folder or has no readable summary.json."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reports import markup, provenance, sections
+from reports import answers, cost, markup, provenance, sections
 from reports.load import RunData, load
 from reports.markup import Html, Section, element
 from reports.words import plural
@@ -17,8 +17,10 @@ SECTIONS: list[Callable[[RunData], Section | None]] = [
     sections.federation,
     sections.clients,
     sections.differences,
-    sections.speed,
-    provenance.failures,
+    answers.malicious,
+    cost.speed,
+    answers.uncounted,
+    answers.failures,
     provenance.configuration,
     provenance.versions,
     provenance.repeat,

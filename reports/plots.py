@@ -1,9 +1,9 @@
-"""Figures of one run: learning curves, clients, baselines, speed. A figure without data is None or left out."""
+"""Figures of one run: learning curves, clients, baselines. A figure without data is None or left out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reports import look
 from reports.load import RunData, described, series
@@ -13,20 +13,35 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-# A first round that starts processes takes a hundred times a later one: only a log scale shows both.
+# Clients of very different sizes: only a log scale shows all.
 LOG_FROM_RATIO = 20
 # Figures that stand beside each other are equally high.
 BESIDE = 270
 OUTLINE = {"width": 1, "color": "white"}
 
 
+class Curves(NamedTuple):
+    """What is measured where, in words."""
+
+    central: str
+    mean: str
+    worst: str
+
+
+CURVES = {
+    False: Curves("central test set", "clients' mean", "worst client"),
+    True: Curves("central test set, global model", "clients' mean, own models", "worst client, own model"),
+}
+
+
 def learning_curves(run: RunData) -> dict[str, go.Figure]:
     """Return a figure per metric: central test set, clients' mean, band to the worst; `loss` has the train loss."""
+    words = CURVES[run.personal]
     names = {name for row in run.rounds for kind in ("central", "clients") for name in row.get(kind) or {}}
     trained = any(finite(row.get("train_loss")) is not None for row in run.rounds)
     figures = {}
     for name in ordered(names | ({"loss"} if trained else set())):
-        traces = [*_clients(run.rounds, name), *_central(run.rounds, name)]
+        traces = [*_clients(run.rounds, name, words), _central(run.rounds, name, words)]
         if name == "loss":
             traces.append(_line(series(run.rounds, "train_loss"), "training", look.GREY, dash="dash", width=1.6))
         traces = [trace for trace in traces if any(finite(value) is not None for value in trace["y"])]
@@ -37,6 +52,25 @@ def learning_curves(run: RunData) -> dict[str, go.Figure]:
     return figures
 
 
+def virtual_curve(run: RunData, name: str) -> go.Figure | None:
+    """Return a metric against virtual time; None for a run without devices."""
+    rounds, values = series(run.rounds, "virtual_seconds")
+    unit, each = _time_unit(max((value for value in values if value is not None), default=0.0))
+    passed = {number: value / each for number, value in zip(rounds, values, strict=True) if value is not None}
+    words = CURVES[run.personal]
+    traces = [*_clients(run.rounds, name, words), _central(run.rounds, name, words)]
+    for trace in traces:
+        timed = [(passed[r], y) for r, y in zip(trace["x"], trace["y"], strict=True) if r in passed]
+        trace["x"], trace["y"] = [x for x, _ in timed], [y for _, y in timed]
+    traces = [trace for trace in traces if any(finite(value) is not None for value in trace["y"])]
+    if not traces:
+        return None
+    kept = [{**at, "x0": passed[at["x0"]], "x1": passed[at["x0"]]} for at in _kept_round(run) if at["x0"] in passed]
+    x = {"title": {"text": f"virtual {unit}"}, "rangemode": "tozero"}
+    y = look.metric_axis(name, [value for trace in traces for value in trace["y"]])
+    return look.figure(traces, x, y, hovermode="x unified", shapes=kept)
+
+
 def client_spread(run: RunData) -> go.Figure | None:
     """Return where the clients' scores lie: mean, standard deviation each way, worst client, and the central score."""
     spread = run.summary.get("clients_metrics") or {}
@@ -44,7 +78,7 @@ def client_spread(run: RunData) -> go.Figure | None:
     names = [name for name in ordered(spread) if name in SCORES and finite(spread[name].get("mean")) is not None]
     if not names:
         return None
-    titles = [metric(name).title for name in names]
+    words, titles = CURVES[run.personal], [metric(name).title for name in names]
     means = [spread[name]["mean"] for name in names]
     stds = [finite(spread[name].get("std")) or 0.0 for name in names]
     # A score cannot leave 0..1, so its whisker does not either.
@@ -59,9 +93,9 @@ def client_spread(run: RunData) -> go.Figure | None:
     }
     worst = [spread[name].get("worst") for name in names]
     traces = [
-        _dots(worst, titles, "worst client", look.CLIENTS, "line-ns", 14, line={"width": 2.5, "color": look.CLIENTS}),
-        _dots(means, titles, "clients' mean", look.CLIENTS, "circle", 11, error_x=whiskers),
-        _dots([central.get(name) for name in names], titles, "central test set", look.FEDERATED, "diamond", 11),
+        _dots(worst, titles, words.worst, look.CLIENTS, "line-ns", 14, line={"width": 2.5, "color": look.CLIENTS}),
+        _dots(means, titles, words.mean, look.CLIENTS, "circle", 11, error_x=whiskers),
+        _dots([central.get(name) for name in names], titles, words.central, look.FEDERATED, "diamond", 11),
     ]
     ends = [mean - down for mean, down in zip(means, whiskers["arrayminus"], strict=True)]
     ends += [mean + up for mean, up in zip(means, whiskers["array"], strict=True)]
@@ -137,40 +171,23 @@ def baselines(run: RunData) -> go.Figure | None:
     return _score_chart(traces, titles, "score on the central test set (1 is perfect)")
 
 
-def speed(run: RunData) -> dict[str, go.Figure]:
-    """Return seconds and clients per second against the round."""
-    axes = {"seconds": "seconds per round", "clients_per_second": "clients per second"}
-    figures = {}
-    for key, title in axes.items():
-        rounds, values = series(run.rounds, key)
-        known = [value for value in map(finite, values) if value]
-        if not known:
-            continue
-        log = max(known) > LOG_FROM_RATIO * min(known)
-        y = (
-            {"title": {"text": f"{title} (log scale)"}, "type": "log", "dtick": 1}
-            if log
-            else {"title": {"text": title}}
-        )
-        trace = look.line(rounds, values, title, look.FEDERATED, hovertemplate="round %{x}: %{y:.3~g}<extra></extra>")
-        figures[key] = look.figure(
-            [trace], look.round_axis(len(run.rounds)), y if log else {**y, "rangemode": "tozero"}, height=220
-        )
-    return figures
-
-
 def _line(points: tuple[list[int], list[float | None]], name: str, color: str, **style: Any) -> dict[str, Any]:
     return look.line(*points, name, color, hovertemplate="%{y:.3f}", **style)
 
 
-def _central(rounds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [_line(series(rounds, "central", name), "central test set", look.FEDERATED)]
+def _central(rounds: list[dict[str, Any]], name: str, words: Curves) -> dict[str, Any]:
+    return _line(series(rounds, "central", name), words.central, look.FEDERATED)
 
 
-def _clients(rounds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    worst = _line(series(rounds, "clients", name, "worst"), "worst client", look.CLIENTS, dash="dot", width=1.2)
-    mean = _line(series(rounds, "clients", name, "mean"), "clients' mean", look.CLIENTS)
+def _clients(rounds: list[dict[str, Any]], name: str, words: Curves) -> list[dict[str, Any]]:
+    worst = _line(series(rounds, "clients", name, "worst"), words.worst, look.CLIENTS, dash="dot", width=1.2)
+    mean = _line(series(rounds, "clients", name, "mean"), words.mean, look.CLIENTS)
     return [worst, {**mean, "fill": "tonexty", "fillcolor": look.faint(look.CLIENTS)}]
+
+
+def _time_unit(longest: float) -> tuple[str, float]:
+    """Return the unit in which so many seconds are read, and the seconds in it."""
+    return ("hours", 3600.0) if longest >= 7200 else ("minutes", 60.0) if longest >= 120 else ("seconds", 1.0)
 
 
 def _kept_round(run: RunData) -> list[dict[str, Any]]:

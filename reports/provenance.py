@@ -1,4 +1,4 @@
-"""The sections that say what was run: failed clients, configuration, versions, and the command that repeats it."""
+"""The sections that say what was run: configuration, versions, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,6 @@ from reports import markup
 from reports.load import RunData
 from reports.markup import Section, cell, element, join, paragraph
 from reports.words import plural
-
-
-def failures(run: RunData) -> Section | None:
-    """Return the rounds in which clients failed, with their reasons; None when all answered."""
-    failed = [row for row in run.rounds if row.get("failed")]
-    if not failed:
-        return None
-    rows = [
-        (
-            row["round"],
-            cell("; ".join(str(failure["reason"]) for failure in row.get("failures") or []), "text wide"),
-            row.get("sampled"),
-            row["failed"],
-        )
-        for row in failed
-    ]
-    replies = plural(sum(row["failed"] for row in failed), "reply", "replies")
-    said = paragraph(f"{replies} missing in {plural(len(failed), 'round')}, which went on without them.")
-    table = markup.table(["Round", "Reasons", "Sampled", "Failed"], rows, text=2)
-    return Section("failures", "Failed clients", join([said, table]))
 
 
 def configuration(run: RunData) -> Section:

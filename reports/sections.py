@@ -1,4 +1,4 @@
-"""The sections that show results: headline, learning curves, baselines, clients, heterogeneity, speed."""
+"""The sections that show results: headline, learning curves, baselines, clients, heterogeneity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reports import heterogeneity, look, markup, plots
 from reports.heterogeneity import Counts
 from reports.load import RunData, nested
-from reports.markup import Cell, Html, Section, cell, element, figure, join, key, paragraph, tile
+from reports.markup import NO_HTML, Cell, Html, Section, cell, element, figure, join, key, paragraph, tile
 from reports.words import NOTHING, SCORES, duration, finite, metric, number, ordered, percent, plural, rate, size
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def headline(run: RunData) -> Html:
     summary = run.summary
     central = summary.get("metrics") or {}
     names = [name for name in ordered(central) if name in SCORES][:HEADLINES] or ordered(central)[:HEADLINES]
-    tiles = [tile(metric(name).title, number(central[name]), _of_clients(summary, name)) for name in names]
+    tiles = [tile(metric(name).title, number(central[name]), *_of_clients(run, name)) for name in names]
     if not tiles:
         tiles = [tile("Metrics", NOTHING, "no round was evaluated")]
     traffic = summary.get("traffic") or {}
@@ -40,6 +40,8 @@ def headline(run: RunData) -> Html:
         tile("Traffic", size(total), f"{size(down)} to clients, {size(up)} back"),
         _privacy(summary),
     ]
+    if (virtual := finite(summary.get("virtual_seconds"))) is not None:
+        cost.insert(2, tile("Virtual time", duration(virtual), "on the clients' devices"))
     return join([element("div", *tiles, class_="tiles main"), element("div", *cost, class_="tiles")])
 
 
@@ -50,18 +52,21 @@ def learning(run: RunData) -> Section:
         return Section(
             "learning", "Learning curves", paragraph("No round was finished, so there is no curve.", quiet=True)
         )
+    words = plots.CURVES[run.personal]
     legend = key(
         [
-            ("line", look.FEDERATED, "central test set"),
-            ("line", look.CLIENTS, "clients' mean, on their own test splits"),
-            ("dot", look.CLIENTS, "worst client"),
+            ("line", look.FEDERATED, words.central),
+            ("line", look.CLIENTS, f"{words.mean}, on their own test splits"),
+            ("dot", look.CLIENTS, words.worst),
             ("dash", look.GREY, "training loss"),
         ]
     )
-    panels = (figure(panel, metric(name).title) for name, panel in curves.items())
-    return Section(
-        "learning", "Learning curves", join([_which_model(run), legend, element("div", *panels, class_="grid")])
-    )
+    panels = [figure(panel, metric(name).title) for name, panel in curves.items()]
+    name = next(iter(curves))
+    if (timed := plots.virtual_curve(run, name)) is not None:
+        panels.insert(1, figure(timed, f"{metric(name).title} over virtual time"))
+    said = [_which_model(run), _whose(run, quiet=True)]
+    return Section("learning", "Learning curves", join([*said, legend, element("div", *panels, class_="grid")]))
 
 
 def federation(run: RunData) -> Section | None:
@@ -83,14 +88,21 @@ def federation(run: RunData) -> Section | None:
     ]
     headings = ["On the central test set", "Clients alone, mean", "Federated", "Pooled data", "Gap closed"]
     own, clients = alone.get("own_test") or {}, run.summary.get("clients_metrics") or {}
-    parts = [_verdict(alone, federated, pooled), _at_home(own, clients), markup.table(headings, rows, even=True)]
+    parts = [
+        _verdict(alone, federated, pooled),
+        _at_home(run, own, clients),
+        _whose(run, quiet=True),
+        markup.table(headings, rows, even=True),
+    ]
     if own:
         both = [(name, own.get(name) or {}, clients[name]) for name in ordered(clients)]
         cells = [
             (metric(n).title, *(number(side.get(part)) for part in ("mean", "worst") for side in (a, f)))
             for n, a, f in both
         ]
-        headings = ["On clients' own test splits", "Alone, mean", "Federated, mean", "Alone, worst", "Federated, worst"]
+        trained = "Own model" if run.personal else "Federated"
+        headings = ["On clients' own test splits", "Alone, mean", f"{trained}, mean", "Alone, worst"]
+        headings.append(f"{trained}, worst")
         parts.append(markup.table(headings, cells, even=True))
     chart = plots.baselines(run)
     if chart is not None:
@@ -119,21 +131,25 @@ def clients(run: RunData) -> Section | None:
         (metric(n).title, *(number(spread[n].get(part)) for part in ("mean", "worst", "std")), number(central.get(n)))
         for n in ordered(spread)
     ]
-    headings = ["Metric", "Clients' mean", "Worst client", "Standard deviation", "Central test set"]
-    note = "The global model on each client's own test split. Clients whose split cannot define a metric do not count."
+    words = plots.CURVES[run.personal]
+    named = [words.mean.capitalize(), words.worst.capitalize(), "Standard deviation", words.central.capitalize()]
+    headings = ["Metric", *named]
+    whose = "Each client's own model" if run.personal else "The global model"
+    note = f"{whose} on each client's own test split. Clients whose split cannot define a metric do not count."
     panels = []
     if (chart := plots.client_spread(run)) is not None:
         marks = [
-            ("circle", look.CLIENTS, "clients' mean ± standard deviation"),
-            ("tick", look.CLIENTS, "worst client"),
-            ("diamond", look.FEDERATED, "central test set"),
+            ("circle", look.CLIENTS, f"{words.mean} ± standard deviation"),
+            ("tick", look.CLIENTS, words.worst),
+            ("diamond", look.FEDERATED, words.central),
         ]
         panels.append(figure(chart, "Scores over clients", key(marks)))
     if (scored := plots.client_scores(run)) is not None:
         name, chart = scored
-        panels.append(figure(chart, f"{metric(name).title} of each client on its own test split", LEVEL))
+        of = "of each client's own model" if run.personal else "of each client"
+        panels.append(figure(chart, f"{metric(name).title} {of} on its own test split", LEVEL))
     table = [markup.table(headings, rows, even=True), paragraph(note, quiet=True)] if rows else []
-    return Section("clients", "Clients", join([*table, element("div", *panels, class_="halves")]))
+    return Section("clients", "Clients", join([_whose(run), *table, element("div", *panels, class_="halves")]))
 
 
 def differences(run: RunData) -> Section | None:
@@ -158,21 +174,18 @@ def differences(run: RunData) -> Section | None:
     return Section("heterogeneity", "Heterogeneity", join(body))
 
 
-def speed(run: RunData) -> Section | None:
-    """Return seconds and clients per second of each round."""
-    titles = {"seconds": "Time of a round", "clients_per_second": "Clients trained per second"}
-    panels = [figure(panel, titles[name]) for name, panel in plots.speed(run).items()]
-    return Section("speed", "Speed", element("div", *panels, class_="halves")) if panels else None
-
-
-def _of_clients(summary: Mapping[str, Any], name: str) -> str:
+def _of_clients(run: RunData, name: str) -> list[str]:
+    """Return a headline figure's small print: where it was measured, and how the clients fare."""
+    summary = run.summary
     mean, worst = (nested(summary, "clients_metrics", name, part) for part in ("mean", "worst"))
     if finite(mean) is None:
-        return "central test set"
+        return ["central test set"]
     counted, evaluated = nested(summary, "clients_metrics", name, "clients"), summary.get("clients")
     # A metric that needs both classes leaves out clients whose few test rows have one.
     few = f", over {counted} of {evaluated}" if counted and evaluated and counted < evaluated else ""
-    return f"clients: mean {number(mean)}, worst {number(worst)}{few}"
+    said = f"mean {number(mean)}, worst {number(worst)}{few}"
+    # A headline that mixes two models says which is which.
+    return ["global model", f"clients' own models: {said}"] if run.personal else [f"clients: {said}"]
 
 
 def _privacy(summary: Mapping[str, Any]) -> Html:
@@ -193,9 +206,10 @@ def _which_model(run: RunData) -> Html:
     best, kept = run.summary.get("best"), run.summary.get("kept")
     said = "The numbers above are of the last round."
     if kept == "best" and best:
+        on = "of the clients' own models on" if run.personal else "on"
         said = (
             f"The numbers above are of round {best['round']} (dotted line), "
-            f"the best by {metric(best['metric']).title} on the validation splits."
+            f"the best by {metric(best['metric']).title} {on} the validation splits."
         )
     threshold = finite(run.summary.get("threshold"))
     if threshold is not None and threshold != 0.5:
@@ -214,13 +228,24 @@ def _verdict(alone: Mapping[str, Any], federated: Mapping[str, Any], pooled: Map
     return paragraph(*parts, ".")
 
 
-def _at_home(own: Mapping[str, Any], clients: Mapping[str, Any]) -> Html:
+def _whose(run: RunData, quiet: bool = False) -> Html:
+    """Return which model stands behind which number, where clients have models of their own."""
+    if not run.personal:
+        return NO_HTML
+    return paragraph(
+        "Numbers of clients are of each client's own model; those on the central test set are of the global model.",
+        quiet=quiet,
+    )
+
+
+def _at_home(run: RunData, own: Mapping[str, Any], clients: Mapping[str, Any]) -> Html:
     """Return how the clients fare on their own rows, where a model of their own is hardest to beat."""
+    how = "by each client's own model, trained in the federation" if run.personal else "federated"
     for name in ordered(clients):
         alone, federated = ((side.get(name) or {}).get("mean") for side in (own, clients))
         if finite(alone) is not None and finite(federated) is not None:
             return paragraph(
-                f"On the clients' own test splits: {metric(name).title} {number(federated)} federated, "
+                f"On the clients' own test splits: {metric(name).title} {number(federated)} {how}, "
                 f"{number(alone)} alone, on average."
             )
     return join([])

@@ -58,6 +58,13 @@ def number(value: object, digits: int = 3) -> str:
     return NOTHING if known is None else f"{known:,.{digits}f}"
 
 
+def setting(value: object) -> str:
+    """Return a setting's value as one writes it, a decimal with the four digits that count; a dash for None."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return NOTHING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def rate(value: object) -> str:
     """Return a positive number with about three digits that count: 4.35, 63.9, 8,912."""
     known = finite(value)
@@ -73,11 +80,13 @@ def percent(share: object) -> str:
 
 
 def size(count_bytes: object) -> str:
-    """Return bytes in MB (a million bytes), GB from a thousand of those."""
+    """Return bytes in MB (a million bytes), GB from a thousand of those, and few in kB."""
     known = finite(count_bytes)
     if known is None:
         return NOTHING
-    return f"{known / 1e9:,.2f} GB" if known >= 1e9 else f"{rate(known / 1e6)} MB"
+    if known >= 1e9:
+        return f"{known / 1e9:,.2f} GB"
+    return f"{rate(known / 1e6)} MB" if known >= 1e5 or not known else f"{rate(known / 1e3)} kB"
 
 
 def duration(seconds: object) -> str:

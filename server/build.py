@@ -43,7 +43,7 @@ def check(config: RunConfig) -> Federation:
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
-    if getattr(cls, "needs_server_examples", False) and not config.server_examples:
+    if "server-examples" in getattr(cls, "settings", {}) and not config.server_examples:
         raise InputError(f"{config.strategy} trains on examples of the server's own; set server-examples=100 or so.")
     if len(federation) != config.clients:
         raise InputError(
@@ -107,10 +107,12 @@ def asked(config: RunConfig) -> int:
 
 def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:
     """Refuse robust rules that cannot work with so few clients; Flower's skip the round or average silently."""
-    malicious = getattr(strategy, "num_malicious_nodes", 0)
+    malicious, size = getattr(strategy, "num_malicious_nodes", 0), getattr(strategy, "bucket_size", 1)
     least = {"krum": 2 * malicious + 3, "multikrum": 2 * malicious + 3, "bulyan": 4 * malicious + 3}
-    if sampled < (needed := least.get(config.strategy, 1)):
+    # One malicious client spoils its bucket: the rule sees as many malicious ones among fewer.
+    if math.ceil(sampled / size) < (needed := least.get(config.strategy, 1)):
+        buckets = f" in buckets of {size}" if size > 1 else ""
         raise InputError(
-            f"{config.strategy} with num-malicious-nodes={malicious} needs {needed} clients a round, not {sampled}; "
-            "raise sampled or clients, or lower strategy-options.num-malicious-nodes."
+            f"{config.strategy} with num-malicious-nodes={malicious} needs {(needed - 1) * size + 1} clients a round"
+            f"{buckets}, not {sampled}; raise sampled or clients, or lower strategy-options.num-malicious-nodes."
         )

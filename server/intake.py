@@ -10,8 +10,6 @@ from flwr.common.constant import ErrorCode
 from core import bundle, compression, records
 from core.config import RunConfig
 
-REJECTED = "rejected"
-
 
 def take_in(reply: Message, sent: ArrayRecord, config: RunConfig | None, server_round: int) -> None:
     """Make a training reply plain arrays that fit what was `sent`; one that cannot be becomes an error, which says why.
@@ -33,4 +31,4 @@ def take_in(reply: Message, sent: ArrayRecord, config: RunConfig | None, server_
             reason = f"its update cannot be decoded ({error})"
     if reason:
         reply.__dict__["_content"] = None
-        reply.error = Error(ErrorCode.UNKNOWN, f"{REJECTED}: {reason}")
+        reply.error = Error(ErrorCode.UNKNOWN, f"{records.REJECTED}: {reason}")

@@ -14,11 +14,13 @@ from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
-from server.intake import REJECTED, take_in
+from server.intake import take_in
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
 PATIENCE = 10
 COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
+# A round's line names so many failures; the others are only counted.
+NAMED = 20
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Observed:
     )
     """A column per number that every client has, `client` first, in the order of the replies."""
     failures: list[dict[str, Any]] = field(default_factory=list)
+    """Client and reason of each answer that is missing; those that were lost as configured stand last."""
     running: records.WeightedMean = field(default_factory=records.WeightedMean)
     """Of the normalisation statistics of the models that came back."""
     sampled: int = 0
@@ -97,6 +100,13 @@ class ObservedGrid(Grid):
     def client_states(self) -> dict[int, RecordDict]:
         """Return the clients' state by node where the wrapped grid keeps it; Flower's nodes keep their own."""
         return getattr(self.inner, "client_states", {})
+
+    def take_changed_states(self) -> set[int]:
+        """Return the nodes whose state has changed since the last call."""
+        changed: set[int] = getattr(self.inner, "changed_states", set())
+        taken = set(changed)
+        changed.clear()
+        return taken
 
     def set_run(self, run: Run) -> None:
         """Set the run of the wrapped grid."""
@@ -168,9 +178,11 @@ class ObservedGrid(Grid):
                 take_in(reply, sent, self.config, records.server_round(content) or 0)
             if reply.has_error():
                 client = self.client_of(reply.metadata.src_node_id)
-                self._observed.failures.append({"client": client, "reason": str(reply.error.reason)})
-                self._observed.lost += reply.error.code == records.LOST
-                self._observed.rejected += str(reply.error.reason).startswith(REJECTED)
+                lost = reply.error.code == records.LOST
+                at = len(self._observed.failures) - (0 if lost else self._observed.lost)
+                self._observed.failures.insert(at, {"client": client, "reason": str(reply.error.reason)})
+                self._observed.lost += lost
+                self._observed.rejected += str(reply.error.reason).startswith(records.REJECTED)
                 continue
             content = reply.content
             rows: dict[str, Any] = dict(content.config_records.get(records.CLIENTS, ConfigRecord()))

@@ -25,7 +25,7 @@ from server import checkpoint as checkpoints
 from server.build import build_strategy
 from server.evaluate import Description, Evaluation, Evaluator, describe
 from server.malice import Malice
-from server.observe import Observed, ObservedGrid
+from server.observe import NAMED, Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
 from server.virtual import VirtualClock
@@ -34,7 +34,8 @@ from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
 
-OnRound = Callable[[dict[str, Any]], None]
+# Hears of every finished round; a sentence that it returns ends the run there and says why.
+OnRound = Callable[[dict[str, Any]], str | None]
 
 
 class _StopEarly(Exception):  # noqa: N818 (it is not an error)
@@ -188,7 +189,7 @@ class Session:
             "clients_per_second": round(clients / seconds, 3),
             "sampled": observed.sampled,
             "failed": len(observed.failures),
-            "failures": observed.failures[:5],
+            "failures": observed.failures[:NAMED],
             "train_loss": observed.mean_loss,
             # False where the strategy made no new model, as Bulyan does when too few clients answered.
             "aggregated": arrays is not self.arrays,
@@ -214,8 +215,8 @@ class Session:
         self._commit(number, arrays, evaluation, row, clients, seconds)
         self._save()
         if self.on_round is not None:
-            self.on_round(row)
-        if due and self._should_stop():
+            self.stopped_by = self.on_round(row) or ""
+        if self.stopped_by or (due and self._should_stop()):
             raise _StopEarly
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()
@@ -287,7 +288,8 @@ class Session:
             "selection": self.selection.state(),
         }
         states = self.grid.client_states
-        self.checkpoints.save(checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress))
+        saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress)
+        self.checkpoints.save(saved, self.grid.take_changed_states())
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
         checkpoints.refuse_unsaved(saved)

@@ -66,6 +66,7 @@ def list_() -> None:
     """Show presets, tasks, strategies, other packages' plug-ins, partitions and every setting, a line each."""
     from core import adversary, compression
     from core.config import RunConfig, keys
+    from core.processors import plugins as foreign_processors
     from server import selection
     from simulations.run import PRESETS, preset_names
     from strategies import plugins as foreign_strategies
@@ -82,6 +83,7 @@ def list_() -> None:
         "Data sets (dataset=)": datasets(),
         "Strategies (strategy=), each with its strategy-options.": sentences(),
         "Strategies of other packages (strategy=)": foreign_strategies(),
+        "Update processors of other packages (processors=)": foreign_processors(),
         "Partitions (partition.kind=)": KINDS,
         "Client selection (sampling.kind=)": selection.KINDS,
         "Attacks (attack.kind=)": adversary.KINDS,
@@ -99,10 +101,33 @@ def list_() -> None:
 
 @app.command()
 def compare(preset: Preset, settings: Settings = None, out: Out = "") -> None:
-    """Compare strategies over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
+    """Compare strategies or any settings over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
     from simulations.compare import compare as run_all
 
     run_all(preset, _overrides(settings, out), console)
+
+
+@app.command()
+def tune(
+    preset: Preset = "",
+    settings: Settings = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Trials in all; 20 by default.")] = None,
+    metric: Annotated[str, typer.Option(metavar="NAME", help="Validation metric to tune for.")] = "",
+    out: Out = "",
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with this search.")] = None,
+) -> None:
+    """Search settings: fedra tune medical learning-rate=0.01..1 local-epochs=1..5 strategy=fedavg,fedprox"""
+    from simulations.tune import TRIALS, resume_tune
+    from simulations.tune import tune as search
+
+    if resume is not None:
+        if preset or settings or metric or out:
+            raise InputError("--resume goes on with a search as it was set up; beside it only --trials is taken.")
+        resume_tune(resume, trials=trials, console=console)
+    elif preset:
+        search(preset, _overrides(settings, out), trials=trials or TRIALS, metric=metric, console=console)
+    else:
+        raise InputError("name a preset, a TOML file or --resume FOLDER; `fedra list` shows the presets.")
 
 
 @app.command()

@@ -1,60 +1,92 @@
-"""fedra compare: strategies times seeds, one table with means and confidence intervals, one page."""
+"""fedra compare: strategies, or any settings, times seeds: tables with means and confidence intervals, one page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from core.config import RunConfig
+from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
-from reports.compare import table, write_comparison
+from reports.compare import write_comparison
+from reports.variants import STRATEGY, details, personal, table
 from simulations.run import check_run, preset, quiet, simulate
+
+# Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
+COMMA_IS_TEXT = ("dataset", "data-dir", "processors", "devices.trace", "out", "seed", "seeds")
 
 
 def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
-    """Run every strategy with every seed, print the table and return the page's path.
+    """Run every variant with every seed, print the tables and return the page's path.
 
-    `strategy` may be a comma-separated list and `seeds` says how many seeds follow `seed`; other settings hold for all.
-    Every configuration is checked before the first run starts.
+    A setting may be a list with commas (strategy=fedavg,krum), several make a grid; `seeds` says how many seeds follow
+    `seed`; other settings hold for all. Every configuration is checked before the first run starts.
     """
     quiet()
-    overrides = dict(overrides)
+    lists, overrides = _lists(overrides)
     seeds = overrides.pop("seeds", 3)
     if not isinstance(seeds, int) or seeds < 1:
         raise InputError(f"seeds={seeds} is not a whole number from 1; write for example seeds=3.")
-    plain = preset(name, {key: value for key, value in overrides.items() if key not in ("strategy", "seed")})
-    strategies = list(dict.fromkeys(str(overrides.pop("strategy", plain.strategy)).split(",")))
+    some = {**overrides, **{key: values[0] for key, values in lists.items()}}
+    plain = preset(name, {key: value for key, value in some.items() if key not in ("strategy", "seed")})
+    lists = lists or {"strategy": [overrides.get("strategy", plain.strategy)]}
+    by = STRATEGY if list(lists) == ["strategy"] else ", ".join(lists)
     first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
-    configs = [
-        preset(name, {**overrides, "strategy": strategy, "seed": seed})
-        for strategy in strategies
+    planned = [
+        (
+            ", ".join(map(_shown, values)),
+            preset(name, {**overrides, **dict(zip(lists, values, strict=True)), "seed": seed}),
+        )
+        for values in product(*lists.values())
         for seed in range(first, first + seeds)
     ]
-    for config in configs:
+    for _, config in planned:
         check_run(config)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
     rows = []
-    for number, config in enumerate(configs, start=1):
-        console.print(f"[{number}/{len(configs)}] {config.strategy}, seed {config.seed}", markup=False, highlight=False)
+    for number, (variant, config) in enumerate(planned, start=1):
+        console.print(f"[{number}/{len(planned)}] {variant}, seed {config.seed}", markup=False, highlight=False)
         run = simulate(config.with_(out=str(folder)))
-        rows.append({"strategy": config.strategy, "seed": config.seed, "path": run.path, "summary": run.summary})
-    _print(table(rows), console)
-    page = write_comparison(folder / "report.html", rows)
+        row = {"variant": variant, "strategy": config.strategy, "seed": config.seed}
+        rows.append({**row, "path": run.path, "summary": run.summary})
+    # The page has every metric; a terminal has room for the first three, which are the most telling.
+    shown = [{heading: value for heading, value in row.items() if heading != "Runs"} for row in table(rows, by)]
+    _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
+    _print("Clients' own test splits, and cost", details(rows, by), by, console, wrap=True)
+    if said := personal(rows):
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    page = write_comparison(folder / "report.html", rows, by=by)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return page
 
 
-def _print(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    shown = Table(title="Mean and 95 % confidence interval over seeds", title_justify="left", box=None)
-    # The page has every metric; a terminal has room for the first three, which are the most telling.
-    headings = [heading for heading in rows[0] if heading != "Runs"][:4] if rows else []
-    for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "Strategy" else "right", no_wrap=True)
+def _lists(overrides: Mapping[str, Any]) -> tuple[dict[str, list[Scalar]], dict[str, Any]]:
+    """Return the settings that are lists, values in order and each once, and the others."""
+    lists: dict[str, list[Scalar]] = {}
+    others: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, str) and "," in value and key not in COMMA_IS_TEXT:
+            # Each value is read as it would be alone: 0.1 is a number, and so is 1e-3.
+            found = [parse_override(f"{key}={part.strip()}")[1] for part in value.split(",")]
+            lists[key] = list(dict.fromkeys(found))
+        else:
+            others[key] = value
+    return lists, others
+
+
+def _shown(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
+
+
+def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console, wrap: bool = False) -> None:
+    shown = Table(title=title, title_justify="left", box=None)
+    for heading in rows[0] if rows else []:
+        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=not wrap or heading == by)
     for row in rows:
-        shown.add_row(*(str(row[heading]) for heading in headings))
+        shown.add_row(*map(str, row.values()))
     console.print(shown)

@@ -59,6 +59,8 @@ class RayGrid(Grid):
         self._tickets: dict[int, _Cohort] = {}
         self._pulled: dict[str, Message] = {}
         self.client_states: dict[int, RecordDict] = {}
+        self.changed_states: set[int] = set()
+        """Nodes whose state is another than when the set was last emptied."""
         # A Message takes its origin from the process's identity, which only Flower's own runtime sets.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
 
@@ -176,6 +178,7 @@ class RayGrid(Grid):
 
     def _replies_of(self, cohort: _Cohort, result: Result) -> list[Message]:
         self.client_states.update(result.states)
+        self.changed_states.update(result.states)
         return [_reply(answer, cohort.messages[positions[0]]) for positions, answer in result.replies]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from core.config import RunConfig
-from reports.words import metric, number, plural
+from reports.words import duration, metric, number, plural
 from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
@@ -84,9 +85,10 @@ class Progress:
             self.print(f"round {row['round']}: no client was drawn; the model stays")
         elif not row["aggregated"]:
             self.print(f"round {row['round']}: {self.config.strategy} made no new model from the replies it got")
-        if row["failed"]:
+        # What was lost as configured is no failure; the summary counts it.
+        if failed := row["failed"] - row["lost"]:
             reason = row["failures"][0]["reason"]
-            self.print(f"round {row['round']}: {row['failed']} of {row['sampled']} clients failed: {reason}")
+            self.print(f"round {row['round']}: {failed} of {row['sampled']} clients failed: {reason}")
 
     def _left(self, done: int) -> str:
         """Return the time left from the rounds after the first, which also starts the workers."""
@@ -115,6 +117,8 @@ class Progress:
         self.console.print(table)
         stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
+        for line in _remarks(summary):
+            self.print(line)
         self.print("Privacy: none; updates leave clients in clear.")
         self.print(f"Run folder: {run.path}")
         self.print(f"Report:     {run.path / 'report.html'}")
@@ -122,3 +126,19 @@ class Progress:
     def print(self, text: str) -> None:
         """Print a line above the bar without wrapping: paths must stay whole."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _remarks(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line each on virtual time, answers that did not count and malicious clients, where there are such."""
+    if (seconds := summary["virtual_seconds"]) is not None:
+        yield f"Virtual time: {duration(seconds)} on the clients' devices."
+    lost, rejected = summary["answers"]["lost"], summary["answers"]["rejected"]
+    if lost or rejected:
+        yield f"Answers that did not count: {lost:,} lost, {rejected:,} rejected."
+    if attack := summary["attack"]:
+        said = [f"{attack['kind']} by {attack['malicious']:,} of {plural(summary['clients'], 'client')}"]
+        if attack["selected"] is not None:
+            said.append(f"{attack['selected']:.0%} of their answers let in, weight {attack['weight']:.0%}")
+        if attack["backdoor_success"] is not None:
+            said.append(f"backdoor success {attack['backdoor_success']:.0%}")
+        yield f"Attack: {'; '.join(said)}."

@@ -33,6 +33,7 @@ from simulations.cohort_size import Measured, measure
 from simulations.grid import RayGrid
 from simulations.pool import LocalPool, Pool, RayPool
 from simulations.worker import Worker
+from strategies import needs
 from tasks import load, standardise
 from tasks.base import build_model, predict
 
@@ -92,11 +93,12 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
         raise unknown("preset", name, preset_names())
     wanted = {**(overrides or {}), **{dotted(key): value for key, value in changes.items()}}
     flat = {"preset": path.stem, **read_toml(path)}
+    strategy = str(wanted.get("strategy", flat.get("strategy", RunConfig().strategy)))
     own = path.with_suffix(".strategies.toml")
     if own.is_file():
-        prefix = f"{wanted.get('strategy', flat.get('strategy', 'fedavg'))}."
+        prefix = f"{strategy}."
         flat |= {k.removeprefix(prefix): v for k, v in read_toml(own).items() if k.startswith(prefix)}
-    return RunConfig.of({**flat, **wanted})
+    return RunConfig.of({**needs(strategy), **flat, **wanted})
 
 
 def preset_names() -> list[str]:
@@ -111,7 +113,8 @@ def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: On
     """Run the federation and return it.
 
     `on_start` hears of the folder, the final configuration and the rounds done before; `on_round` of every line of
-    rounds.jsonl. Raises `InputError` before any process starts when the configuration or the data cannot be used.
+    rounds.jsonl, and where it returns a sentence, the run ends there, completed and `stopped_by` that. Raises
+    `InputError` before any process starts when the configuration or the data cannot be used.
     """
     return _run(config, None, on_start, on_round)
 

@@ -5,6 +5,9 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 - a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;
 - a static `initial_state(r: LocalRound) -> {kind: tensors}`: what a client keeps between rounds, as it begins;
 - a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
+- `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
+- a static `check(config, model)` that raises `InputError` where it cannot work;
+- `set_up(server: ServerSide)`: hears of the run before its first round;
 - `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
   A strategy that says nothing gets every update.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
@@ -155,6 +159,11 @@ def makes_partial_means(config: RunConfig) -> bool:
     """Return whether cohorts may answer the configured strategy with one weighted mean."""
     entry = STRATEGIES.get(config.strategy)
     return entry.partial_means if entry else bool(getattr(strategy_class(config.strategy), "partial_means", False))
+
+
+def needs(name: str) -> dict[str, Any]:
+    """Return settings that runs of a strategy have unless a preset or the user says otherwise."""
+    return dict(getattr(strategy_class(name), "settings", {}))
 
 
 def is_personal(config: RunConfig) -> bool:

@@ -17,7 +17,7 @@ treated as parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -34,6 +34,8 @@ from core.server_side import ServerSide
 
 class FedBuff(strategy.FedAvg):
     """The server steps after every `buffer_size` answers, by the mean of their stale updates."""
+
+    settings: ClassVar[dict[str, Any]] = {"devices.kind": "lognormal"}
 
     def __init__(
         self,

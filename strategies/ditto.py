@@ -1,7 +1,8 @@
 """Ditto: a model of its own for each client, held near the global one. Li et al., ICML 2021, algorithm 1.
 
 Clients train the global model as in FedAvg, and beside it v_k on F_k(v) + lambda/2 ||v - w_t||^2, with as many steps
-on the same batches. v_k never leaves; clients evaluate it. The server is FedAvg, and so is the traffic.
+on the same batches. v_k never leaves; clients evaluate it. The server is FedAvg, and so is the traffic. Running
+statistics are plain weighted means; v_k has its own.
 """
 
 from __future__ import annotations

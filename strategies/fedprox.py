@@ -1,4 +1,7 @@
-"""FedProx: a proximal term holds each client near the global model. Li et al., MLSys 2020, equation 2."""
+"""FedProx: a proximal term holds each client near the global model. Li et al., MLSys 2020, equation 2.
+
+Running statistics are plain weighted means.
+"""
 
 from __future__ import annotations
 

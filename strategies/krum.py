@@ -46,7 +46,14 @@ class Bulyan(Robust, strategy.Bulyan):
         self, server_round: int, updates: np.ndarray, replies: list[Message]
     ) -> tuple[np.ndarray | None, MetricRecord | None]:
         """Return the trimmed mean of the selected updates; nothing where too few clients answered."""
-        made = super().rule(server_round, updates, replies)
+        given = self.num_malicious_nodes
+        if len(replies) < 4 * given + 3:
+            # Malicious clients whose answers were refused are not among the rest. Else they could stop all learning.
+            self.num_malicious_nodes = max(0, given - self.refused)
+        try:
+            made = super().rule(server_round, updates, replies)
+        finally:
+            self.num_malicious_nodes = given
         if made[0] is not None and isinstance(self.selection_rule, _Selection):
             self.shares = self.selection_rule.shares(replies)
         return made

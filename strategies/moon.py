@@ -2,7 +2,8 @@
 
 Loss + mu l_con with l_con = -log(exp(cos(z, z_glob) / t) / (exp(cos(z, z_glob) / t) + exp(cos(z, z_prev) / t)))
 (equation 3), where z is what the model's last layer receives and z_prev comes from the model that the client sent
-last. The server is FedAvg, and so is the traffic; a client keeps its last model.
+last. The server is FedAvg, and so is the traffic; a client keeps its last model. Running statistics are plain weighted
+means.
 """
 
 from __future__ import annotations

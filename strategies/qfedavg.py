@@ -1,4 +1,7 @@
-"""q-FedAvg: clients on which the global model does badly weigh more. Li et al., ICLR 2020, algorithm 2."""
+"""q-FedAvg: clients on which the global model does badly weigh more. Li et al., ICLR 2020, algorithm 2.
+
+Running statistics move as parameters do, by the same rule.
+"""
 
 from __future__ import annotations
 

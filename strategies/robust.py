@@ -37,6 +37,8 @@ class Robust(strategy.FedAvg):
         """Each bucket's share in the last model, where the rule gives shares."""
         self.influence: dict[int, float] = {}
         """Each client's share in the last model: the report counts malicious ones."""
+        self.refused = 0
+        """How many answers of the round the server took nothing of."""
 
     def rule(
         self, server_round: int, updates: np.ndarray, replies: list[Message]
@@ -59,7 +61,8 @@ class Robust(strategy.FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         """Return the global model plus what the rule makes of the updates, and the aggregated metrics."""
-        answered, _ = self._check_and_log_replies(replies, is_train=True)
+        answered, failed = self._check_and_log_replies(replies, is_train=True)
+        self.refused = sum(str(reply.error.reason).startswith(records.REJECTED) for reply in failed)
         if not answered:
             return None, None
         first = arrays_of(answered[0].content)

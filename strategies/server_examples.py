@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from strategies.robust import Rule, arrays_of
 class FLTrust(Rule):
     """Mean of updates by their agreement with the server's own."""
 
-    needs_server_examples = True
+    settings: ClassVar[dict[str, Any]] = {"server-examples": 100}
 
     def set_up(self, server: ServerSide) -> None:
         """Take the server's examples."""
@@ -84,7 +84,7 @@ class FLTrust(Rule):
 class FedDF(strategy.FedAvg):
     """FedAvg, then distillation of the clients' ensemble on the server's examples, `distillation_steps` of Adam."""
 
-    needs_server_examples = True
+    settings: ClassVar[dict[str, Any]] = {"server-examples": 100}
 
     def __init__(
         self, *, distillation_steps: int = 200, distillation_learning_rate: float = 0.001,

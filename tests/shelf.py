@@ -7,10 +7,7 @@ from typing import Any
 from core.config import RunConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fedasync": {"devices.kind": "lognormal"},
-    "fedbuff": {"devices.kind": "lognormal", "strategy-options.buffer-size": 2},
-    "fltrust": {"server-examples": 60},
-    "feddf": {"server-examples": 60},
+    "fedbuff": {"strategy-options.buffer-size": 2},
 }
 
 

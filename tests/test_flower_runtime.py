@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,8 +66,21 @@ def _processes_naming(text: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_flwr_run_completes_and_round_one_equals_the_local_engine(flower_home: dict[str, str], tmp_path: Path) -> None:
-    settings = {"rounds": 2, "baselines": False, "out": str(tmp_path / "runs")}
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        # Controls beside the model, state on the clients, encoded updates, lost answers.
+        {"strategy": "scaffold", "compression.kind": "int8", "devices.kind": "lognormal", "faults.dropout": 0.2},
+        # Models that never leave, and a hostile answer that the server must refuse.
+        {"strategy": "ditto", "attack.kind": "non-finite", "attack.fraction": 0.1},
+    ],
+    ids=["fedavg", "scaffold", "ditto"],
+)
+def test_flwr_run_completes_and_its_rounds_equal_the_local_engines(
+    own: dict[str, Any], flower_home: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {**own, "rounds": 2, "baselines": False, "out": str(tmp_path / "runs")}
     settings_file = tmp_path / "settings.toml"
     settings_file.write_text(preset("medical", settings).with_(preset="flower").toml())
     subprocess.run(
@@ -83,7 +97,10 @@ def test_flwr_run_completes_and_round_one_equals_the_local_engine(flower_home: d
         assert f"{ours['train_loss']:.4f}" == f"{theirs['train_loss']:.4f}"
         for kind in ("central", "validation"):
             assert _printed(ours[kind]) == _printed(theirs[kind])
-        assert ours["uplink_bytes"] == theirs["uplink_bytes"]
+        for key in ("uplink_bytes", "lost", "rejected"):
+            assert ours[key] == theirs[key]
+        assert ours.get("virtual_seconds") == pytest.approx(theirs.get("virtual_seconds"))
+        assert _printed(ours["clients"]["accuracy"]) == _printed(theirs["clients"]["accuracy"])
 
 
 def _printed(metrics: dict[str, float]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import strategies
+from core import processors
 from core.config import RunConfig
 from core.errors import InputError
 from core.plugins import load, offered
@@ -241,3 +242,16 @@ def test_knowing_what_is_offered_imports_nothing(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match=r"unknown strategy 'hospital-laso'; did you mean 'hospital-lasso'\?"):
         load("strategy", "hospital-laso", {}, "fedra.strategies")
     assert not [name for name in sys.modules if name.startswith("hospital_plugins")]
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_processor_sees_every_update_before_it_leaves(smoke: Callable[..., RunConfig]) -> None:
+    run = simulate(smoke(processors="hospital-rounding", strategy="krum", rounds=1))
+    # Krum takes one client's model: three decimals and no more.
+    thousandths = np.concatenate([p.detach().numpy().ravel() for p in run.model().parameters()]) * 1000
+    assert np.abs(thousandths - np.round(thousandths)).max() < 1e-3
+    plain = simulate(smoke(strategy="krum", rounds=1))
+    assert np.abs(_weights(plain) * 1000 - np.round(_weights(plain) * 1000)).max() > 0.1
+    assert processors.plugins()["hospital-rounding"].startswith("from hospital-plugins 0.1: Weights rounded")
+    with pytest.raises(InputError, match=r"processors 'hospital-rouding'"):
+        simulate(smoke(processors="hospital-rouding"))

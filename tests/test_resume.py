@@ -49,7 +49,12 @@ def _assert_same(a: Path, b: Path) -> None:
     assert [[row[key] for key in METRICS] for row in rounds[0]] == [[row[key] for key in METRICS] for row in rounds[1]]
 
 
-@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "qfedavg", "fedmedian"])
+@pytest.mark.parametrize("strategy", [
+        "fedavgm", "fedadam", "fedyogi", "fedadagrad", "qfedavg", "fedmedian", "scaffold", "feddyn", "mimelite",
+        "ditto",
+        "apfl", "moon", "fedper", "ifca", "agnostic", "centredclipping",
+    ],
+)  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bits(strategy: str, smoke: Callable[..., RunConfig]) -> None:
     changes = {"strategy": strategy, "rounds": 4, "sampled": 3, "keep": "best"}
     if strategy == "fedavgm":

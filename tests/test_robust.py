@@ -133,9 +133,12 @@ def test_buckets_average_before_the_rule_sees_them() -> None:
     updates = np.array([[1.0], [2.0], [3.0], [4.0]])
     rule, found = _rule("fedmedian", updates, bucket_size=4)
     assert found == pytest.approx([2.5])
+    updates = np.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
     rule, found = _rule("multikrum", updates, bucket_size=2, num_nodes_to_select=9)
-    assert found == pytest.approx([2.5])
-    assert rule.influence == pytest.approx(dict.fromkeys(range(4), 0.25))
+    assert found == pytest.approx([3.5])
+    assert rule.influence == pytest.approx(dict.fromkeys(range(6), 1 / 6))
+    with pytest.raises(InputError, match="needs 9 clients a round in buckets of 2, not 6"):
+        _rule("multikrum", updates, bucket_size=2, num_malicious_nodes=1)
     with pytest.raises(InputError, match="bucket-size must be at least 1"):
         _rule("rfa", updates, bucket_size=0)
 
@@ -150,7 +153,7 @@ def test_a_rule_moves_the_global_model_by_what_it_made_of_the_updates() -> None:
 @pytest.mark.parametrize("strategy", ["fltrust", "feddf"])
 def test_a_strategy_that_trains_on_the_servers_examples_asks_for_some(strategy: str, smoke: Smoke) -> None:
     with pytest.raises(InputError, match=f"{strategy} trains on examples of the server's own; set server-examples="):
-        simulate(smoke(strategy=strategy))
+        simulate(smoke(strategy=strategy, server_examples=0))
 
 
 def test_the_servers_examples_are_no_clients(smoke: Smoke) -> None:
@@ -181,3 +184,12 @@ def test_feddf_comes_nearer_to_its_ensemble_than_the_mean_of_models_is(smoke: Sm
     settings = {"clients": 4, "rounds": 1, "local_epochs": 20, "server_examples": 120, "partition__kind": "shards"}
     mean, distilled = (simulate(smoke(strategy=name, **settings)).metrics["loss"] for name in ("fedavg", "feddf"))
     assert distilled < mean
+
+
+def test_bulyan_counts_refused_answers_among_the_malicious(smoke: Smoke) -> None:
+    # Four of twenty send nan. The sixteen others are too few for four malicious ones among them; there are none.
+    settings = {"clients": 20, "rounds": 3, "strategy": "bulyan", "strategy-options.num-malicious-nodes": 4}
+    attacked = {"attack.kind": "non-finite", "attack.fraction": 0.2}
+    run = simulate(RunConfig.of({**smoke(engine__cohort_size=20).flat(), **settings, **attacked}))
+    assert run.summary["answers"]["rejected"] == 4 * 3
+    assert run.metrics["accuracy"] > 0.85

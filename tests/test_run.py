@@ -205,3 +205,10 @@ def test_a_model_may_have_a_scalar_parameter(cohort_size: int, smoke: Callable[.
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a finished run"):
         Run.open(tmp_path)
+
+
+def test_a_sentence_from_on_round_ends_the_run_there(smoke: Callable[..., RunConfig]) -> None:
+    run = simulate(smoke(rounds=5), on_round=lambda row: "enough" if row["round"] == 2 else None)
+    summary = run.summary
+    assert (summary["status"], summary["rounds"], summary["stopped_by"]) == ("completed", 2, "enough")
+    assert run.metrics == simulate(smoke(rounds=2)).metrics

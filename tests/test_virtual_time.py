@@ -109,7 +109,7 @@ def test_a_run_without_rounds_is_resumed_with_the_same_bits(strategy: str, smoke
 
 def test_asynchronous_strategies_need_a_clock_and_no_rounds(smoke: Smoke) -> None:
     with pytest.raises(InputError, match=r"fedbuff needs virtual time; set devices.kind=lognormal"):
-        simulate(smoke(strategy="fedbuff"))
+        simulate(smoke(strategy="fedbuff", devices__kind="none"))
     with pytest.raises(InputError, match="fedasync has no rounds"):
         simulate(smoke(strategy="fedasync", devices__kind="lognormal", devices__deadline_seconds=1.0))
     with pytest.raises(InputError, match=r"devices.deadline-seconds needs virtual time"):

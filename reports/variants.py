@@ -1,0 +1,186 @@
+"""The numbers of a comparison: a row per variant with means over seeds and confidence intervals.
+
+A variant is one combination of what is compared; `by` names it: "Strategy", or the keys that vary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from reports.load import nested
+from reports.words import finite, metric, number, ordered
+
+POOLED, ALONE = "pooled data", "clients alone"
+STRATEGY = "Strategy"
+HEADINGS = {"mean": "Clients' mean", "worst": "Worst client"}
+# Where in a summary, and the units with their size, the largest first.
+COSTS: dict[str, tuple[tuple[str, ...], list[tuple[str, float]]]] = {
+    "Virtual": (("virtual_seconds",), [("hours", 3600.0), ("seconds", 1.0)]),
+    "Uplink": (("traffic", "uplink_bytes"), [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]),
+    "Backdoor success": (("attack", "backdoor_success"), [("", 1.0)]),
+}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n runs and the half-width of its 95 % confidence interval, None where n < 2."""
+
+    mean: float | None
+    half_width: float | None
+    n: int
+    digits: int = 3
+
+    def __str__(self) -> str:
+        if self.half_width is None:
+            return number(self.mean, self.digits)
+        return f"{number(self.mean, self.digits)} ± {number(self.half_width, self.digits)}"
+
+
+def interval(values: Iterable[object], digits: int = 3) -> Interval:
+    """Return mean and 95 % confidence interval by Student's t; None and nan do not count."""
+    known = [value for value in map(finite, values) if value is not None]
+    if len(known) < 2:
+        return Interval(known[0] if known else None, None, len(known), digits)
+    from scipy.special import stdtrit
+
+    t = float(stdtrit(len(known) - 1, 0.975))
+    return Interval(fmean(known), t * stdev(known) / math.sqrt(len(known)), len(known), digits)
+
+
+def table(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
+    """Return a dict per variant, in order of appearance, and one per baseline where the runs have them.
+
+    `rows` are the runs: {"strategy", "seed", "path", "summary"}, with a "variant" where that is not the strategy. Keys
+    are headings: `by`, Runs, a metric's title, "Worst client <metric>" for the most telling one, Clients/s. Numbers are
+    `Interval`s, whose text is what the page shows. Only completed runs count: a run that was cut short would pull the
+    mean down.
+    """
+    done = completed(rows)
+    names = metrics(done)
+    out = []
+    for variant, own in summaries(rows).items():
+        values = {metric(name).title: interval(nested(s, "metrics", name) for s in own) for name in names}
+        worst = {worst_heading(name): interval(of_clients(s, name, "worst") for s in own) for name in names[:1]}
+        speed = interval((s.get("clients_per_second") for s in own), digits=1)
+        out.append({by: variant, "Runs": len(own), **values, **worst, "Clients/s": speed})
+    return out + _baselines(done, names, by)
+
+
+def details(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
+    """Return a dict per variant of what `table` leaves out: `by`, how the clients fare, and what `costs` says.
+
+    The clients' mean and the worst client are of the most telling metric that clients have.
+    """
+    done = completed(rows)
+    known = (n for n in metrics(done) if any(of_clients(row["summary"], n, "mean") is not None for row in done))
+    name = next(known, None)
+    out = []
+    for (variant, own), cost in zip(summaries(rows).items(), costs(rows, by), strict=True):
+        fare = (
+            {_part(part, name): interval(of_clients(s, name, part) for s in own) for part in HEADINGS} if name else {}
+        )
+        out.append({by: variant, **fare, **cost})
+    return out
+
+
+def costs(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
+    """Return a dict per variant: `by`, and where a run has them virtual seconds, a backdoor's success, uplink bytes."""
+    done = completed(rows)
+    columns = {}
+    for heading, (keys, units) in COSTS.items():
+        known = [value for row in done if (value := _in(row["summary"], keys, 1.0)) is not None]
+        if known:
+            unit, each = next(((u, e) for u, e in units if max(known) >= e), units[-1])
+            columns[f"{heading} {unit}".strip()] = (keys, each, 1 if max(known) >= 10 * each else 3)
+    out = []
+    for variant, own in summaries(rows).items():
+        values = {h: interval((_in(s, keys, each) for s in own), n) for h, (keys, each, n) in columns.items()}
+        out.append({by: variant, **values})
+    return out
+
+
+def personal(rows: Sequence[Row]) -> str:
+    """Return a sentence on the variants whose clients evaluate models of their own, empty where none does."""
+    own = names_of([row for row in rows if row["summary"].get("personal")])
+    if not own:
+        return ""
+    which = "" if len(own) == len(names_of(rows)) else f" under {'; '.join(own)}"
+    return f"Numbers of clients{which} are of each client's own model; all others are of the global model."
+
+
+def _baselines(done: Sequence[Row], names: Sequence[str], by: str) -> list[dict[str, Any]]:
+    """Return a row for pooled training and one for clients alone.
+
+    They depend on the seed and not on the strategy; where another key that varies changes them, each variant has its
+    own.
+    """
+    groups: dict[str, dict[int, Mapping[str, Any]]] = {}
+    shared: dict[int, Mapping[str, Any]] = {}
+    agree = True
+    for row in done:
+        if found := row["summary"].get("baselines"):
+            groups.setdefault(f", {variant_of(row)}", {})[row["seed"]] = found
+            agree = agree and shared.setdefault(row["seed"], found) == found
+    out = []
+    for variant, by_seed in ({"": shared} if agree or by == STRATEGY else groups).items():
+        for title, kind in ((POOLED, "central"), (ALONE, "local")):
+            own = [found[kind] for found in by_seed.values() if found.get(kind)]
+            if own:
+                values = {metric(name).title: interval(found.get(name) for found in own) for name in names}
+                worst = {
+                    worst_heading(n): interval(nested(found, "own_test", n, "worst") for found in own)
+                    for n in names[:1]
+                }
+                counted = {by: f"{title}{variant}", "Runs": len(own)}
+                out.append({**counted, **values, **worst, "Clients/s": interval([])})
+    return out
+
+
+def completed(rows: Sequence[Row]) -> list[Row]:
+    """Return the runs that were not cut short."""
+    return [row for row in rows if row["summary"].get("status") == "completed"]
+
+
+def variant_of(row: Row) -> str:
+    """Return what a run's variant is called."""
+    return str(row.get("variant", row["strategy"]))
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Return the variants' names in order of appearance."""
+    return list(dict.fromkeys(map(variant_of, rows)))
+
+
+def summaries(rows: Sequence[Row]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the summaries of each variant's completed runs, in order of appearance."""
+    done = completed(rows)
+    return {variant: [row["summary"] for row in done if variant_of(row) == variant] for variant in names_of(rows)}
+
+
+def metrics(rows: Sequence[Row]) -> list[str]:
+    """Return the central metrics of the runs, the most telling first."""
+    return ordered(name for row in rows for name in row["summary"].get("metrics") or {})
+
+
+def _part(part: str, name: str) -> str:
+    return f"{HEADINGS[part]} {metric(name).title}"
+
+
+def worst_heading(name: str) -> str:
+    """Return the heading of the worst client's metric."""
+    return _part("worst", name)
+
+
+def of_clients(summary: Mapping[str, Any], name: str, part: str) -> float | None:
+    """Return the clients' `mean` or `worst` of a metric."""
+    return finite(nested(summary, "clients_metrics", name, part))
+
+
+def _in(summary: Mapping[str, Any], keys: Sequence[str], each: float) -> float | None:
+    value = finite(nested(summary, *keys))
+    return None if value is None else value / each

@@ -1,0 +1,62 @@
+"""What a search leaves in its folder: tune.json, best.toml and tune.html, beside study.db and the trials' runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from core.metrics import HIGHER_IS_BETTER
+from reports.page import write_report
+from reports.tune_page import write_tune_page
+from server.recorder import RunFolder, clean, versions
+from simulations.run import Run, preset
+
+if TYPE_CHECKING:
+    from simulations.tune import Search
+
+
+def write_results(search: Search) -> dict[str, Any]:
+    """Write the search's files and return what tune.json holds; the best trial's test metrics once none is left."""
+    trials, best, folder = search.records(), search.best(), search.folder
+    completed = len(trials) >= search.trials
+    before = preset(search.preset).flat()
+    if best is not None:
+        run = folder / best["run"]
+        config = RunFolder.open(run).config.with_(out=search.first.out, baselines=search.first.baselines)
+        (folder / "best.toml").write_text(config.toml(), encoding="utf-8")
+        if completed:
+            best = {**best, "test_metrics": Run.open(run).metrics}
+            write_report(run)
+    space = {key: {"says": str(d), **vars(d), "preset": before.get(key)} for key, d in search.space.searched.items()}
+    results: dict[str, Any] = clean(
+        {
+            "status": "completed" if completed else "interrupted",
+            "preset": search.first.preset,
+            "task": search.first.task,
+            "metric": search.metric,
+            "higher_is_better": HIGHER_IS_BETTER.get(search.metric, True),
+            "seed": search.first.seed,
+            "planned": search.trials,
+            "space": space,
+            "fixed": search.space.fixed,
+            "seconds": round(sum(record["seconds"] for record in trials), 3),
+            "best": best,
+            "trials": trials,
+            "versions": {**versions(), "optuna": optuna.__version__},
+        }
+    )
+    (folder / "tune.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_tune_page(folder / "tune.html", results, search.study)
+    return results
+
+
+def status_of(folder: Path) -> str | None:
+    """Return what tune.json says of a search, None where there is none."""
+    try:
+        status: str = json.loads((folder / "tune.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError):
+        return None
+    return status
