@@ -64,7 +64,7 @@ class Devices:
     def work(
         self,
         server_round: int,
-        clients: Sequence[int],
+        clients: Sequence[int] | np.ndarray,
         sizes: Sequence[int] | np.ndarray,
         down: int,
         up: int,

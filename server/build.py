@@ -117,8 +117,8 @@ def _check_enough(strategy: Strategy, config: RunConfig, sampled: int) -> None:
     beta = getattr(strategy, "beta", 0.0)
     if config.strategy == "fedtrimmedavg" and 0 < beta * buckets < 1:
         raise InputError(
-            f"fedtrimmedavg with beta={beta:g} cuts nobody off among {buckets} answers; raise beta to {1 / buckets:.2g} or "
-            "more, or sampled."
+            f"fedtrimmedavg with beta={beta:g} cuts nobody off among {buckets} answers; "
+            f"raise beta to {1 / buckets:.2g} or more, or sampled."
         )
     # One malicious client spoils its bucket: the rule sees as many malicious ones among fewer.
     if buckets < (needed := least.get(config.strategy, 1)):

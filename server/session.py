@@ -78,10 +78,9 @@ class Session:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
-        config: dict[str, Any] = {
-            records.PARTIAL_MEAN: makes_partial_means(self.config) and self.grid.numbered,
-            **about.config(),
-        }
+        # Elsewhere than in the engine every client answers for itself, and its update travels as it is encoded.
+        partial = makes_partial_means(self.config) and self.grid.numbered
+        config: dict[str, Any] = {records.PARTIAL_MEAN: partial, **about.config()}
         if self.saved is not None:
             checkpoints.continue_from(self.strategy, self.saved)
         seed_globals(self.config.seed, "round", self.done + 1)

@@ -34,8 +34,8 @@ class Ditto(Linear):
         near = config.strategy_options.get("proximity", 0.1)
         if config.optimizer == "sgd" and isinstance(near, int | float) and config.learning_rate * near >= 1:
             raise InputError(
-                f"strategy-options.proximity={near} times learning-rate={config.learning_rate:g} is 1 or more, and every "
-                "step would overshoot; lower one of them."
+                f"strategy-options.proximity={near} times learning-rate={config.learning_rate:g} is 1 or more, and "
+                "every step would overshoot; lower one of them."
             )
 
     @staticmethod

@@ -45,8 +45,8 @@ class IFCA(strategy.FedAvg):
         """Refuse what looks at a client's update: the server does not know which model it is an update of."""
         if config.compression.kind == "top-k" or config.attack.kind not in ("none", "label-flip", "backdoor"):
             raise InputError(
-                "ifca's clients send one of several models, not an update: choose compression.kind other than top-k and "
-                "attack.kind=label-flip or backdoor."
+                "ifca's clients send one of several models, not an update: choose compression.kind other than top-k "
+                "and attack.kind=label-flip or backdoor."
             )
 
     def set_up(self, server: ServerSide) -> None:
