@@ -166,7 +166,7 @@ class Evaluator:
                 records.SERVER_ROUND: server_round,
                 records.SPLIT: split,
                 records.THRESHOLD: threshold,
-                records.PARTIAL_MEAN: True,
+                records.PARTIAL_MEAN: getattr(self._grid, "numbered", False),
                 **self._constants,
             }
         )

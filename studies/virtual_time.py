@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from pages import fill
 
 from simulations.run import preset, simulate
 
@@ -34,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Run every way, or read it where it is complete; draw, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="/tmp/fedra-virtual-time", help="Folder for run folders.")
+    parser.add_argument("--out", default="runs/virtual-time", help="Folder for run folders.")
     parser.add_argument("--rounds", type=float, default=1.0, help="Factor on all rounds.")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="Where figure and table go.")
     given = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     print("\n".join(rows))
     page = given.docs / "virtual-time.md"
     if page.is_file():
-        replace_block(page, "virtual-time", "\n".join(rows))
+        fill(page, "virtual-time", "\n".join(rows))
 
 
 def curve(name: str, own: dict[str, Any], out: Path, factor: float) -> list[dict[str, Any]]:
@@ -79,13 +80,6 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def replace_block(page: Path, name: str, content: str) -> None:
-    """Put the content between a page's markers `<!-- name -->` and `<!-- /name -->`."""
-    before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    page.write_text(f"{before}{start}{content}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from core.config import RunConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedbuff": {"strategy-options.buffer-size": 2},
+    "fedtrimmedavg": {"strategy-options.beta": 0.25},
 }
 
 

@@ -121,15 +121,15 @@ def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) ->
         **smoke(clients=2000, local_epochs=4).flat(), "faults.dropout": 0.25, "faults.stragglers": 0.5,
         "devices.kind": "lognormal", "devices.availability": 0.8,
     })  # fmt: skip
-    n, full = 2000, np.full(2000, 8)
-    sizes = np.full(n, 32)
-    work = Devices(config).work(3, range(n), sizes, full, 0, 0, 0.0)
+    # Batches of 16: eight steps in four epochs.
+    n, sizes = 2000, np.full(2000, 32)
+    work = Devices(config).work(3, np.arange(n), sizes, 0, 0, 0.0)
     reasons = pd.Series(work.reasons).value_counts(normalize=True)
     assert reasons["it cannot be reached in this round"] == pytest.approx(0.2, abs=0.03)
     assert reasons["its answer was lost"] == pytest.approx(0.8 * 0.25, abs=0.03)
     # A straggler draws 1 to 4 of 4 epochs: three quarters of them fall short and are late.
     assert reasons["it did not finish in time"] == pytest.approx(0.8 * 0.75 * 0.5 * 0.75, abs=0.03)
-    partial = Devices(config.with_(faults__late="partial")).work(3, range(n), sizes, full, 0, 0, 0.0)
+    partial = Devices(config.with_(faults__late="partial")).work(3, np.arange(n), sizes, 0, 0, 0.0)
     done = pd.Series(partial.steps[partial.steps > 0]).value_counts(normalize=True)
     assert sorted(done.index) == [2, 4, 6, 8]
     assert done[2] == pytest.approx(0.125, abs=0.03)
