@@ -66,6 +66,8 @@ def _personal(setting: Setting, content: RecordDict, contexts: Sequence[Context]
     params, sent = received(content, setting)
     number = records.server_round(content) or 0
     x, y, sizes = inputs(setting, "train", clients, round_config)
+    if config.fine_tune_epochs and min(sizes) == 0:
+        raise ValueError("no training examples to fine-tune on")
     epochs = max(config.fine_tune_epochs, 1)
     drawn = seeds(config.seed, "fine-tune", number, clients=clients)
     r = assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,10 +32,16 @@ TRIGGERED_FEATURES = 3
 
 def malicious(config: RunConfig) -> np.ndarray:
     """Return which clients are malicious, (clients,) bool: `attack.fraction` of them, drawn by the seed."""
-    chosen = np.zeros(config.clients, dtype=bool)
-    if config.attack.kind != "none":
-        count = round(config.attack.fraction * config.clients)
-        chosen[rng(config.seed, "malicious").permutation(config.clients)[:count]] = True
+    share = config.attack.fraction if config.attack.kind != "none" else 0.0
+    return _drawn(config.seed, config.clients, round(share * config.clients))
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(seed: int, clients: int, count: int) -> np.ndarray:
+    chosen = np.zeros(clients, dtype=bool)
+    if count:
+        chosen[rng(seed, "malicious").permutation(clients)[:count]] = True
+    chosen.flags.writeable = False
     return chosen
 
 

@@ -38,7 +38,10 @@ def processors_of(config: RunConfig) -> Sequence[Processor]:
 
 def _checked(name: str, found: object) -> Processor:
     """Return the processor, made if it is a class; `InputError` when it cannot be called."""
-    made = found() if isinstance(found, type) else found
+    try:
+        made = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise InputError(f"processor '{name}' cannot be made without arguments: {error}.") from None
     if not callable(made):
         raise InputError(f"processor '{name}' is {made!r}, not a function of (update, r).")
     return made

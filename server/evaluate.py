@@ -101,6 +101,9 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
             (about[records.CLIENT][0], about["name"], records.metrics_of(reply.content), reply.metadata.src_node_id)
         )
     rows.sort(key=lambda row: row[0])
+    numbers = [client for client, *_ in rows]
+    if len(set(numbers)) < len(numbers) or not all(0 <= client < config.clients for client in numbers):
+        raise RuntimeError(f"clients say that their numbers are {numbers[:5]}...; each must have one of its own from 0")
     constants = standardise.combine([metrics for _, _, metrics, _ in rows]) if task.standardise != "none" else {}
     return Description(
         names=[name for _, name, _, _ in rows],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from core.server_side import ServerSide
 from reports.page import write_report
 from server import checkpoint as checkpoints
 from server.build import build_strategy
+from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
 from server.malice import Malice
 from server.observe import NAMED, Observed, ObservedGrid
@@ -86,7 +86,7 @@ class Session:
         seed_globals(self.config.seed, "round", self.done + 1)
         self.grid.take()
         self._round_began = time.perf_counter()
-        with contextlib.suppress(_StopEarly), _few_to_collect():
+        with contextlib.suppress(_StopEarly), few_to_collect():
             self.strategy.start(
                 self.grid,
                 initial_arrays=self.arrays,
@@ -201,7 +201,8 @@ class Session:
         if self.virtual and (virtual := self.virtual.advance(observed, self.strategy)) is not None:
             row |= {"virtual_round_seconds": virtual, "virtual_seconds": self.virtual.seconds}
         self.selection.observe(number, observed.clients)
-        row |= self.malice.observe(observed.clients["client"], getattr(self.strategy, "influence", None))
+        influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
+        row |= self.malice.observe(observed.clients["client"], influence)
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
@@ -304,17 +305,3 @@ class Session:
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
-
-
-@contextlib.contextmanager
-def _few_to_collect() -> Iterator[None]:
-    """Leave what is in memory at the start out of garbage collections.
-
-    Some of Flower's rules collect garbage once for every reply; among the objects of torch and Ray that takes a third
-    of a second each time.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -131,6 +131,9 @@ def resume(path: Path | str, *, on_start: OnStart | None = None, on_round: OnRou
 
 def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, on_round: OnRound | None) -> Run:
     quiet()
+    if config.devices.trace:
+        # Workers and a resumed run may stand in another folder.
+        config = config.with_(devices__trace=str(Path(config.devices.trace).absolute()))
     federation = check_run(config)
     with one_thread():
         config, workers = decide(config, federation)

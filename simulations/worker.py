@@ -88,7 +88,10 @@ class Worker:
                 ([i], self._single(job.message_type, header, content, context))
                 for i, (header, context) in enumerate(zip(job.headers, contexts, strict=True))
             ]
-        return Result(replies, {context.node_id: context.state for context in contexts if len(context.state)})
+        # Our own clients change what they keep by training only; anybody's may at any time.
+        keeps = job.message_type == "train" or not isinstance(self.app, CohortApp)
+        states = {context.node_id: context.state for context in contexts if keeps and len(context.state)}
+        return Result(replies, states)
 
     def _context(self, node: int, state: RecordDict | None) -> Context:
         return Context(
