@@ -12,11 +12,13 @@ from reports import look, markup
 from reports.load import nested, read_rounds, series
 from reports.markup import Section, cell, element, figure, join, key, paragraph
 from reports.variants import (
+    HEADINGS,
     STRATEGY,
     Interval,
     Row,
     completed,
     costs,
+    heading,
     interval,
     metrics,
     names_of,
@@ -25,7 +27,6 @@ from reports.variants import (
     summaries,
     table,
     variant_of,
-    worst_heading,
 )
 from reports.words import SCORES, duration, metric, number, ordered, plural
 
@@ -54,15 +55,15 @@ def write_comparison(path: Path, rows: Sequence[Row], title: str = "", by: str =
 def _overview(rows: Sequence[Row], by: str) -> Section:
     summary = table(rows, by)
     headings, many = list(summary[0]), len(names_of(rows))
-    best = {heading: _best(heading, summary[:many], name) for heading, name in _headings(rows).items()}
+    best = {title: _best(title, summary[:many], name) for title, name in _headings(rows).items()}
     reference = [i >= many for i in range(len(summary))]
 
-    def shown(heading: str, value: object, marked: bool) -> object:
-        is_best = marked and isinstance(value, Interval) and value.mean is not None and value.mean == best.get(heading)
+    def shown(title: str, value: object, marked: bool) -> object:
+        is_best = marked and isinstance(value, Interval) and value.mean is not None and value.mean == best.get(title)
         return element("b", value) if is_best else value
 
     body = [
-        [shown(heading, value, not aside) for heading, value in row.items()]
+        [shown(title, value, not aside) for title, value in row.items()]
         for row, aside in zip(summary, reference, strict=True)
     ]
     classes = ["reference" if aside else "" for aside in reference]
@@ -153,9 +154,9 @@ def _runs(rows: Sequence[Row], start: Path, by: str) -> Section:
     return Section("runs", "Runs", markup.table(headings, body, text=4))
 
 
-def _best(heading: str, variants: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _best(title: str, variants: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Return the best variant's mean in a column, None where they do not differ."""
-    known = [row[heading].mean for row in variants if row[heading].mean is not None]
+    known = [row[title].mean for row in variants if row[title].mean is not None]
     pick = max if metric(name).higher_is_better else min
     return pick(known) if len(set(known)) > 1 else None
 
@@ -163,7 +164,8 @@ def _best(heading: str, variants: Sequence[Mapping[str, Any]], name: str) -> flo
 def _headings(rows: Sequence[Row]) -> dict[str, str]:
     """Return the metric behind each heading that holds one."""
     names = metrics(completed(rows))
-    return {**{metric(name).title: name for name in names}, **{worst_heading(name): name for name in names[:1]}}
+    own = {heading(part, name): name for name in names[:1] for part in HEADINGS}
+    return {metric(name).title: name for name in names} | own
 
 
 def _about(rows: Sequence[Row], by: str) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # A first round that starts processes takes a hundred times a later one: only a log scale shows both.
 LOG_FROM_RATIO = 20
 HEIGHT = 220
+# Flower sends an array as a NumPy file.
+HEADER_BYTES = 128
 # Of each number of a round: caption and axis.
 PANELS = {
     "seconds": ("Time of a round", "seconds per round"),
@@ -47,12 +49,13 @@ def speed(run: RunData) -> Section | None:
 
 
 def model_bytes(folder: Path) -> int | None:
-    """Return the bytes of a run's model without names and headers; None where there is no model."""
+    """Return the bytes of a run's model as it travels, each array with its header; None where there is no model."""
     try:
         with (folder / "model.safetensors").open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        return max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return max(ends) + HEADER_BYTES * len(ends)
     except (OSError, ValueError, struct.error):
         return None
 

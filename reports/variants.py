@@ -16,7 +16,7 @@ from reports.words import finite, metric, number, ordered
 
 POOLED, ALONE = "pooled data", "clients alone"
 STRATEGY = "Strategy"
-HEADINGS = {"mean": "Clients' mean", "worst": "Worst client"}
+HEADINGS = {"mean": "Clients", "worst": "Worst client"}
 # Where in a summary, and the units with their size, the largest first.
 COSTS: dict[str, tuple[tuple[str, ...], list[tuple[str, float]]]] = {
     "Virtual": (("virtual_seconds",), [("hours", 3600.0), ("seconds", 1.0)]),
@@ -56,18 +56,22 @@ def table(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     """Return a dict per variant, in order of appearance, and one per baseline where the runs have them.
 
     `rows` are the runs: {"strategy", "seed", "path", "summary"}, with a "variant" where that is not the strategy. Keys
-    are headings: `by`, Runs, a metric's title, "Worst client <metric>" for the most telling one, Clients/s. Numbers are
-    `Interval`s, whose text is what the page shows. Only completed runs count: a run that was cut short would pull the
-    mean down.
+    are headings: `by`, Runs, a metric's title, "Clients <metric>" (their mean) and "Worst client <metric>" for the most
+    telling one, Clients/s. Numbers are `Interval`s, whose text is what the page shows. Only completed runs count: a run
+    that was cut short would pull the mean down.
     """
     done = completed(rows)
     names = metrics(done)
     out = []
     for variant, own in summaries(rows).items():
         values = {metric(name).title: interval(nested(s, "metrics", name) for s in own) for name in names}
-        worst = {worst_heading(name): interval(of_clients(s, name, "worst") for s in own) for name in names[:1]}
+        fare = {
+            heading(part, name): interval(of_clients(s, name, part) for s in own)
+            for name in names[:1]
+            for part in HEADINGS
+        }
         speed = interval((s.get("clients_per_second") for s in own), digits=1)
-        out.append({by: variant, "Runs": len(own), **values, **worst, "Clients/s": speed})
+        out.append({by: variant, "Runs": len(own), **values, **fare, "Clients/s": speed})
     return out + _baselines(done, names, by)
 
 
@@ -82,7 +86,7 @@ def details(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     out = []
     for (variant, own), cost in zip(summaries(rows).items(), costs(rows, by), strict=True):
         fare = (
-            {_part(part, name): interval(of_clients(s, name, part) for s in own) for part in HEADINGS} if name else {}
+            {heading(part, name): interval(of_clients(s, name, part) for s in own) for part in HEADINGS} if name else {}
         )
         out.append({by: variant, **fare, **cost})
     return out
@@ -92,11 +96,11 @@ def costs(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     """Return a dict per variant: `by`, and where a run has them virtual seconds, a backdoor's success, uplink bytes."""
     done = completed(rows)
     columns = {}
-    for heading, (keys, units) in COSTS.items():
+    for cost, (keys, units) in COSTS.items():
         known = [value for row in done if (value := _in(row["summary"], keys, 1.0)) is not None]
         if known:
             unit, each = next(((u, e) for u, e in units if max(known) >= e), units[-1])
-            columns[f"{heading} {unit}".strip()] = (keys, each, 1 if max(known) >= 10 * each else 3)
+            columns[f"{cost} {unit}".strip()] = (keys, each, 1 if max(known) >= 10 * each else 3)
     out = []
     for variant, own in summaries(rows).items():
         values = {h: interval((_in(s, keys, each) for s in own), n) for h, (keys, each, n) in columns.items()}
@@ -132,12 +136,13 @@ def _baselines(done: Sequence[Row], names: Sequence[str], by: str) -> list[dict[
             own = [found[kind] for found in by_seed.values() if found.get(kind)]
             if own:
                 values = {metric(name).title: interval(found.get(name) for found in own) for name in names}
-                worst = {
-                    worst_heading(n): interval(nested(found, "own_test", n, "worst") for found in own)
+                fare = {
+                    heading(part, n): interval(nested(found, "own_test", n, part) for found in own)
                     for n in names[:1]
+                    for part in HEADINGS
                 }
                 counted = {by: f"{title}{variant}", "Runs": len(own)}
-                out.append({**counted, **values, **worst, "Clients/s": interval([])})
+                out.append({**counted, **values, **fare, "Clients/s": interval([])})
     return out
 
 
@@ -167,13 +172,9 @@ def metrics(rows: Sequence[Row]) -> list[str]:
     return ordered(name for row in rows for name in row["summary"].get("metrics") or {})
 
 
-def _part(part: str, name: str) -> str:
+def heading(part: str, name: str) -> str:
+    """Return the heading of the clients' `mean` or `worst` of a metric."""
     return f"{HEADINGS[part]} {metric(name).title}"
-
-
-def worst_heading(name: str) -> str:
-    """Return the heading of the worst client's metric."""
-    return _part("worst", name)
 
 
 def of_clients(summary: Mapping[str, Any], name: str, part: str) -> float | None:

@@ -53,7 +53,7 @@ def test_one_strategy_list_prints_what_it_always_did(tmp_path: Path) -> None:
     assert lines[5].split() == ["Strategy", "AUROC", "Accuracy", "F1"]
     assert [line.split()[0] for line in lines[6:8]] == ["fedavg", "ditto"]
     assert lines[8].strip() == "Clients' own test splits, and cost"
-    for heading in ("Clients' mean AUROC", "Worst client AUROC", "Virtual seconds", "Uplink kB"):
+    for heading in ("Clients AUROC", "Worst client AUROC", "Virtual seconds", "Uplink kB"):
         assert heading in lines[9]
     for heading in ("Mean over clients.", "Worst client.", "Virtual seconds", "Uplink kB"):
         assert heading in page.text
@@ -89,6 +89,8 @@ def test_a_grid_must_be_right_before_it_starts(tmp_path: Path) -> None:
     # A comma between processors is no list.
     with pytest.raises(InputError, match="nowhere:a"):
         compared(tmp_path, processors="nowhere:a,nowhere:b")
+    with pytest.raises(InputError, match="1,1"):
+        compared(tmp_path, dataset="1,1")
     assert not list(tmp_path.iterdir())
 
 
@@ -115,7 +117,7 @@ def test_fares_and_costs_in_numbers(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, a={"virtual_seconds": 90.0}, b={"virtual_seconds": None, "attack": attack})
     a, b = details(rows, "attack.kind")
     assert {heading: str(value) for heading, value in a.items()} == {
-        "attack.kind": "a", "Clients' mean Accuracy": "0.800", "Worst client Accuracy": "0.500",
+        "attack.kind": "a", "Clients Accuracy": "0.800", "Worst client Accuracy": "0.500",
         "Virtual seconds": "90.0", "Uplink MB": "2.000", "Backdoor success": "\N{EN DASH}",
     }  # fmt: skip
     assert (str(b["Virtual seconds"]), str(b["Backdoor success"])) == ("\N{EN DASH}", "0.250")

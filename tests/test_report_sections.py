@@ -200,13 +200,14 @@ def test_numbers_of_own_models_say_so_everywhere(ran: Callable[..., Run]) -> Non
 
 def test_compression_is_told_in_bytes_and_as_a_ratio(ran: Callable[..., Run]) -> None:
     run = ran(compression__kind="int8")
-    # 30 x 32 + 32 + 32 + 1 = 1025 numbers; int8 sends a byte for each, and a scale for each of four tensors.
-    assert model_bytes(run.path) == 4 * 1025
-    assert run.summary["traffic"]["uplink_bytes"] == 3 * 4 * (1025 + 4 * 4)
+    # 30 x 32 + 32 + 32 + 1 = 1025 numbers in four tensors; int8 sends an array with a byte for each number and another
+    # with a scale for each tensor. An array's header takes 128 bytes.
+    assert model_bytes(run.path) == 4 * 1025 + 4 * 128
+    assert run.summary["traffic"]["uplink_bytes"] == 3 * 4 * (1025 + 4 * 4 + 2 * 128)
     page = read(run.path)
-    assert "the answers of a round take 4.16 kB, 1.04 kB a client." in words(page)
-    assert "That is 3.94 times less than float32 models (4.10 kB a client), or 25 %." in words(page)
-    assert [trace["y"] for trace in curves(page, "bytes")] == [[4164] * 3, [16400] * 3]
+    assert "the answers of a round take 5.19 kB, 1.30 kB a client." in words(page)
+    assert "That is 3.56 times less than float32 models (4.61 kB a client), or 28 %." in words(page)
+    assert [trace["y"] for trace in curves(page, "bytes")] == [[4 * 1297] * 3, [4 * 4612] * 3]
     # Controls of scaffold travel beside the model, uncompressed.
     page = read(ran(compression__kind="top-k", strategy="scaffold").path)
     assert "That is not less than float32 models" in words(page)
@@ -222,8 +223,8 @@ def test_everything_at_once_on_one_page(ran: Callable[..., Run]) -> None:
     assert [page.count(anchor) for anchor in anchors] == [1, 1, 1, 1]
     # What was rejected did not count, and neither do its bytes.
     counted = sum(row["sampled"] - row["failed"] for row in load(run.path).rounds)
-    assert run.summary["traffic"]["uplink_bytes"] == counted * 1041
-    assert "1.04 kB a client" in words(Reader(page))
+    assert run.summary["traffic"]["uplink_bytes"] == counted * 1297
+    assert "1.30 kB a client" in words(Reader(page))
     # A run folder that lost its model has bytes, but no ratio.
     (run.path / "model.safetensors").unlink()
     assert "times less" not in words(read(run.path))
