@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from core.config import RunConfig
-from core.errors import InputError
 from core.records import Tensors
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Linear
+from strategies.requirements import needs_small_steps
 
 PERSONAL = "personal"
 
@@ -31,12 +31,7 @@ class Ditto(Linear):
     @staticmethod
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse a pull that plain SGD would turn into oscillation."""
-        near = config.strategy_options.get("proximity", 0.1)
-        if config.optimizer == "sgd" and isinstance(near, int | float) and config.learning_rate * near >= 1:
-            raise InputError(
-                f"strategy-options.proximity={near} times learning-rate={config.learning_rate:g} is 1 or more, and "
-                "every step would overshoot; lower one of them."
-            )
+        needs_small_steps(config, "proximity", 0.1)
 
     @staticmethod
     def initial_state(r: LocalRound) -> dict[str, Tensors]:

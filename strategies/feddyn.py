@@ -15,12 +15,11 @@ from flwr.app import MetricRecord
 from torch import nn
 
 from core.config import RunConfig
-from core.errors import InputError
 from core.records import Tensors
 from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Uniform, Vectors
-from strategies.requirements import trainable
+from strategies.requirements import needs_small_steps, trainable
 
 GRADIENT = "gradient"
 
@@ -39,12 +38,7 @@ class FedDyn(Uniform):
     @staticmethod
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse a regulariser that plain SGD would turn into oscillation."""
-        alpha = config.strategy_options.get("alpha", 0.1)
-        if config.optimizer == "sgd" and isinstance(alpha, int | float) and config.learning_rate * alpha >= 1:
-            raise InputError(
-                f"strategy-options.alpha={alpha} times learning-rate={config.learning_rate:g} is 1 or more, and every "
-                "step would overshoot; lower one of them."
-            )
+        needs_small_steps(config, "alpha", 0.1)
 
     def set_up(self, server: ServerSide) -> None:
         """Begin with h = 0."""

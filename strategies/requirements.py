@@ -23,6 +23,16 @@ def needs_plain_sgd(config: RunConfig, what: str, *, momentum: bool = False) -> 
         raise InputError(f"gradient-clip={config.gradient_clip:g}: {what} are no longer what the paper sums up; set 0.")
 
 
+def needs_small_steps(config: RunConfig, option: str, default: float) -> None:
+    """Raise `InputError` where a pull of strength `option` would overshoot in every step of plain SGD."""
+    pull = config.strategy_options.get(option, default)
+    if config.optimizer == "sgd" and isinstance(pull, int | float) and config.learning_rate * pull >= 1:
+        raise InputError(
+            f"strategy-options.{option}={pull} times learning-rate={config.learning_rate:g} is 1 or more: every "
+            "step would overshoot; lower one of them."
+        )
+
+
 def local_rate(r: LocalRound) -> float:
     """Return the local learning rate of the round's optimiser."""
     assert isinstance(r.optimizer, functools.partial)
