@@ -46,7 +46,11 @@ def _drawn(seed: int, clients: int, count: int) -> np.ndarray:
 
 
 def check(config: RunConfig, labels: int) -> None:
-    """Raise `InputError` for an attack whose target label the task does not have."""
+    """Raise `InputError` for an attack without anybody to make it, or whose target label the task does not have."""
+    if config.attack.kind != "none" and config.attack.fraction and not malicious(config).any():
+        raise InputError(
+            f"attack.fraction={config.attack.fraction:g} of {config.clients} clients is none; raise it or clients."
+        )
     if config.attack.kind != "none" and config.attack.target >= labels:
         raise InputError(f"attack.target={config.attack.target}, but the task has labels 0 to {labels - 1}.")
 

@@ -41,6 +41,10 @@ def check(config: RunConfig) -> Federation:
     devices.check(config)
     adversary.check(config, len(task.labels))
     processors_of(config)
+    if config.compression.rotation and config.compression.kind not in ("int8", "int4"):
+        raise InputError(
+            f"compression.rotation is for int8 and int4, not compression.kind={config.compression.kind}; drop it."
+        )
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
     if "server-examples" in getattr(cls, "settings", {}) and not config.server_examples:

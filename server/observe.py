@@ -199,8 +199,11 @@ class ObservedGrid(Grid):
             content = self._trained_on.get(node, RecordDict())
             sent = next(iter(content.array_records.values()), ArrayRecord())
             server_round = records.server_round(content) or 0
-        # The engine's own answers may speak for many clients, and say which.
+        # The engine's own answers may speak for many clients, and say which, and what each of them sent.
+        size = records.array_bytes(reply.content)
         take_in(reply, sent, self.config, server_round, None if self.numbered else self.client_of(node))
+        if not self.numbered and reply.has_content():
+            reply.content.config_records[records.CLIENTS][records.UPLINK_BYTES] = [size]
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)

@@ -159,3 +159,8 @@ def test_an_attack_does_not_depend_on_cohorts(kind: str, smoke: Smoke) -> None:
 def test_a_target_that_the_task_does_not_have_is_refused(smoke: Smoke) -> None:
     with pytest.raises(InputError, match=r"attack.target=5, but the task has labels 0 to 1"):
         _run(smoke, "backdoor", **{"attack.target": 5})
+
+
+def test_an_attack_that_nobody_makes_is_refused(smoke: Smoke) -> None:
+    with pytest.raises(InputError, match=r"attack.fraction=0.3 of 1 clients is none"):
+        _run(smoke, "zero", clients=1)

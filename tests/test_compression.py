@@ -137,3 +137,10 @@ def test_a_mean_in_the_cohort_is_the_mean_of_what_the_server_decodes(own: dict[s
 def test_scaffold_sends_its_controls_as_they_are(smoke: Smoke) -> None:
     run = _run(smoke, {"kind": "int8"}, strategy="scaffold")
     assert run.metrics["accuracy"] > 0.9
+
+
+def test_rotation_without_rounding_is_refused(smoke: Smoke) -> None:
+    from core.errors import InputError
+
+    with pytest.raises(InputError, match=r"compression.rotation is for int8 and int4, not compression.kind=top-k"):
+        _run(smoke, {"kind": "top-k", "rotation": True})
