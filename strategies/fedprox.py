@@ -6,8 +6,11 @@ Running statistics are plain weighted means.
 from __future__ import annotations
 
 from flwr.serverapp import strategy
+from torch import nn
 
+from core.config import RunConfig
 from core.training import LocalRound, LocalUpdate, local_sgd
+from strategies.requirements import needs_small_steps
 
 
 class FedProx(strategy.FedProx):
@@ -15,6 +18,11 @@ class FedProx(strategy.FedProx):
 
     def __init__(self, *, proximal_mu: float = 0.1, **fedavg: object) -> None:
         super().__init__(proximal_mu=proximal_mu, **fedavg)  # type: ignore[arg-type]
+
+    @staticmethod
+    def check(config: RunConfig, model: nn.Module) -> None:
+        """Refuse a pull that plain SGD would turn into oscillation."""
+        needs_small_steps(config, "proximal-mu", 0.1)
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
