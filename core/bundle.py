@@ -19,12 +19,11 @@ from core.records import Tensors
 
 Kinds = Mapping[str, Tensors]
 CLIENT_STATE = "client-state"
-_SLASH = "/"
 
 
 def beside(kinds: Mapping[str, Mapping[str, Tensor | np.ndarray]]) -> dict[str, Tensor | np.ndarray]:
     """Return the tensors under the names they travel by: kind/name."""
-    return {f"{kind}{_SLASH}{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
+    return {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
 
 
 def split(arrays: ArrayRecord) -> tuple[ArrayRecord, dict[str, ArrayRecord]]:
@@ -32,7 +31,7 @@ def split(arrays: ArrayRecord) -> tuple[ArrayRecord, dict[str, ArrayRecord]]:
     own: dict[str, Array] = {}
     others: dict[str, dict[str, Array]] = {}
     for name, array in arrays.items():
-        kind, slash, rest = name.partition(_SLASH)
+        kind, slash, rest = name.partition("/")
         if slash:
             others.setdefault(kind, {})[rest] = array
         else:

@@ -75,14 +75,15 @@ class Devices:
         at = np.asarray(clients)
         draw = functools.partial(uniforms, seed, clients=at)
         full, examples = full_work(self._config, np.asarray(sizes))
-        done = full
         gone = draw("available", server_round) >= self.columns["availability"][at]
         lost = draw("dropout", server_round) < faults.dropout
         slow = draw("straggler", server_round) < faults.stragglers
         epochs = 1 if self._config.local_steps else self._config.local_epochs
         # FedProx, section 5.2: a straggler has time for a number of epochs drawn uniformly from those asked for.
         drawn = np.floor(draw("epochs", server_round) * epochs) + 1 if epochs > 1 else draw("epochs", server_round)
-        done = np.where(slow, np.maximum(1, np.floor(full * drawn / epochs)).astype(np.int64), done)
+        done = np.where(slow, np.maximum(1, np.floor(full * drawn / epochs)).astype(np.int64), full)
+        # At least one step, but none of a client that has no examples.
+        done = np.minimum(done, full)
         each = examples / np.maximum(full, 1)
         seconds = self.seconds(server_round, at, each * done, down, up)
         late = np.zeros(len(at), dtype=bool)

@@ -20,6 +20,21 @@ from simulations.run import Run, worker_count
 from tasks import load
 
 
+def bar(unit: str, console: Console) -> Bar:
+    """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal."""
+    return Bar(
+        SpinnerColumn(),
+        TextColumn(unit),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class Progress:
     """A bar on a terminal, a line a round elsewhere; in both the same numbers."""
 
@@ -29,17 +44,7 @@ class Progress:
         self.folder: Path | None = None
         self._first: tuple[int, float] | None = None
         self._values: dict[str, float] = {}
-        self._bar = Bar(
-            SpinnerColumn(),
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = bar("round", console)
         self._task = self._bar.add_task("run", total=config.rounds, numbers="starting")
 
     def __enter__(self) -> Progress:

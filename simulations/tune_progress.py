@@ -8,11 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from reports.words import duration, metric, number, ordered, plural, setting
+from simulations.progress import bar
 
 if TYPE_CHECKING:
     from simulations.tune import Search
@@ -27,17 +26,7 @@ class TuneProgress:
     def __init__(self, search: Search, console: Console) -> None:
         self.search, self.console = search, console
         self.title = metric(search.metric).title
-        self._bar = Bar(
-            SpinnerColumn(),
-            TextColumn("trial"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = bar("trial", console)
         self._task = self._bar.add_task("tune", total=search.trials, numbers="")
 
     def __enter__(self) -> TuneProgress:

@@ -133,6 +133,8 @@ def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) ->
     done = pd.Series(partial.steps[partial.steps > 0]).value_counts(normalize=True)
     assert sorted(done.index) == [2, 4, 6, 8]
     assert done[2] == pytest.approx(0.125, abs=0.03)
+    nobody = Devices(config.with_(faults__late="partial", faults__stragglers=1)).work(3, [0, 1], [0, 0], 0, 0, 0.0)
+    assert nobody.steps.tolist() == [0, 0]
 
 
 def test_devices_are_lognormal_and_their_own_whoever_else_is_asked(smoke: Smoke) -> None:
