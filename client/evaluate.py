@@ -15,9 +15,10 @@ from client.replies import Reply
 from client.setting import Setting, client_of, epochs_of, inputs, open_setting, received
 from core import adversary, records
 from core.metrics import score_counts, score_each, weighted_means
+from core.optimizers import learning_rate, make_optimizer
 from core.records import Tensors
 from core.seeding import seeds
-from core.training import LocalRound, LocalUpdate, assemble, learning_rate, local_sgd, make_optimizer, train_each
+from core.training import LocalRound, LocalUpdate, assemble, local_sgd, train_each
 from tasks import standardise
 from tasks.base import predict, probabilities
 
@@ -117,7 +118,7 @@ def statistics(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
             records.SIZES: [len(split) for split in splits.values()],
             records.LABEL_COUNTS: np.bincount(splits["train"].y, minlength=len(setting.task.labels)).tolist(),
         }
-        if setting.task.standardise != "none":
+        if setting.task.standardise in ("federated", "local"):
             metrics |= standardise.statistics(splits["train"].x)
         answers.append(([i], replies.answer(metrics, {records.CLIENT: [client], "name": setting.data.name(client)})))
     return answers

@@ -12,6 +12,7 @@ from flwr.app import Context, MetricRecord, RecordDict
 from torch import nn
 
 from client.attacks import Attack
+from client.privacy import ClientPrivacy
 from core import bundle, records
 from core.batches import Batches, plan, stream
 from core.compression import Compressor
@@ -47,6 +48,7 @@ class Setting:
     devices: Devices | None
     attack: Attack | None
     processors: Sequence[Processor]
+    privacy: ClientPrivacy | None
     compressor: Compressor | None
 
     def with_past(self, r: LocalRound, contexts: Sequence[Context]) -> LocalRound:
@@ -68,7 +70,7 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> Setting:
     model = build_model(task, config.seed).to(device_of(config))
     return Setting(
         config, task, model, federation_of(config), records.travelling(model), client_half(config),
-        devices_of(config), Attack.of(config), processors_of(config),
+        devices_of(config), Attack.of(config), processors_of(config), ClientPrivacy.of(config),
         Compressor(config) if config.compression.kind != "none" else None,
     )  # fmt: skip
 
@@ -89,7 +91,7 @@ def inputs(
     """Return the cohort's standardised inputs (n, ...), labels (n,) and sizes, client after client."""
     data: Ragged = getattr(setting.data, split)
     parts = [data[client] for client in clients]
-    if setting.task.standardise == "federated":
+    if setting.task.standardise in ("federated", "server"):
         constants = {name: config[records.CONSTANTS + name] for name in ("mean", "std")}
         x = standardise.apply(np.concatenate([part.x for part in parts]), constants)
     elif setting.task.standardise == "local":

@@ -11,13 +11,15 @@ import numpy as np
 from flwr.app import Context, RecordDict
 
 from client import replies
+from client.privacy import columns_of, note
 from client.replies import Reply
 from client.setting import Setting, batches_of, client_of, inputs, note_batches, open_setting, received
 from core import adversary, bundle, compression, records
 from core.devices import Work
+from core.optimizers import learning_rate, make_optimizer
 from core.records import Tensors
 from core.seeding import seeds
-from core.training import LocalRound, LocalUpdate, assemble, learning_rate, make_optimizer, train_each
+from core.training import LocalRound, LocalUpdate, assemble, train_each
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     work = _work(setting, everyone, this)
     at = [i for i, steps in enumerate(work.steps) if steps] if work else list(range(len(everyone)))
     lost = [(i, reason) for i, reason in enumerate(work.reasons) if reason] if work else []
+    at, poor = _affordable(setting, everyone, contexts, at)
+    lost += [(i, "its privacy budget is spent") for i in poor]
     absent: list[Reply] = [([i], replies.refused(f"client {everyone[i]}: {why}", records.LOST)) for i, why in lost]
     if not at:
         return absent
@@ -56,6 +60,10 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     hostile = np.zeros(len(clients), dtype=bool)
     for processor in setting.processors:
         update = processor(update, r)
+    events = []
+    if setting.privacy:
+        update = setting.privacy.protect(update, r, this.number, clients)
+        events = setting.privacy.events(r, r.sizes)
     if setting.attack:
         hostile = setting.attack.careless(clients)
         update = setting.attack(update, r, clients, lambda chosen: _learn(setting, this, chosen, None, None)[0])
@@ -63,7 +71,8 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     if setting.compressor:
         update, encoded = setting.compressor(update, r)
     columns: dict[str, Sequence[Any]] = {
-        records.TRAIN_SECONDS: [(time.perf_counter() - began) / len(clients)] * len(clients)
+        records.TRAIN_SECONDS: [(time.perf_counter() - began) / len(clients)] * len(clients),
+        **columns_of(events),
     }
     if encoded:
         columns[records.UPLINK_BYTES] = [encoded.bytes()] * len(clients)
@@ -73,6 +82,7 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     answers = replies.of_update(update, clients, r.sizes, columns, partial, hostile, None if partial else encoded)
     if setting.attack:
         setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
+    note(own, events)
     sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
     keep = sorted(sound)
     note_batches(setting.config, [own[i] for i in keep], r.batches.steps[keep].tolist())
@@ -92,17 +102,33 @@ def _work(setting: Setting, clients: Sequence[int], this: _Round) -> Work | None
     return setting.devices.work(this.number, clients, sizes, this.bytes, up, deadline)
 
 
+def _affordable(
+    setting: Setting, clients: Sequence[int], contexts: Sequence[Context], at: list[int]
+) -> tuple[list[int], list[int]]:
+    """Return which of the clients at these positions may train, and which have no privacy left to spend."""
+    if setting.privacy is None:
+        return at, []
+    sizes = setting.data.train.sizes[list(clients)]
+    exhausted = setting.privacy.exhausted([contexts[i] for i in at], sizes[at].tolist())
+    return [i for i, out in zip(at, exhausted, strict=True) if not out], [
+        i for i, out in zip(at, exhausted, strict=True) if out
+    ]
+
+
 def _learn(
     setting: Setting, this: _Round, clients: Sequence[int], contexts: Sequence[Context] | None, steps: np.ndarray | None
 ) -> tuple[LocalUpdate, LocalRound]:
     """Return what the clients learn and the round they learn it in; without contexts, as clients without a past."""
     config = setting.config
-    contexts = contexts if contexts is not None else [_blank() for _ in clients]
     x, y, sizes = inputs(setting, "train", clients, this.config)
     if min(sizes) == 0:
         raise ValueError("no training examples")
     x, y = adversary.poisoned(config, x, y, sizes, clients, len(setting.task.labels))
-    batches = batches_of(config, this.number, clients, sizes, contexts)
+    # Colluders that train each other's data have no secrets to keep.
+    private = setting.privacy if contexts is not None else None
+    batches = private.batches(this.number, clients, sizes) if private else None
+    if batches is None:
+        batches = batches_of(config, this.number, clients, sizes, contexts or [_blank() for _ in clients])
     own = seeds(config.seed, "model", this.number, clients=clients)
     cohort = assemble(
         config, setting.model, setting.task.loss, x, y,
@@ -115,8 +141,9 @@ def _learn(
         sizes=tuple(sizes),
         options=setting.half.options,
         sent=this.sent,
+        private=private.steps(this.number, clients, sizes) if private else None,
     )  # fmt: skip
-    cohort = setting.with_past(cohort, contexts)
+    cohort = setting.with_past(cohort, contexts or [_blank() for _ in clients])
     return train_each(setting.half.local_update, cohort), cohort
 
 

@@ -24,6 +24,7 @@ from core.sections import (
     Engine,
     Faults,
     Partition,
+    Privacy,
     Sampling,
     Section,
     hyphens,
@@ -44,6 +45,11 @@ class RunConfig(Section):
     model: str = Field("", description="The task's model; empty is its default.")
     clients: int = Field(10, ge=1, description="Number of clients; a natural partition with fewer groups is refused.")
     partition: Partition = Partition()
+    standardise: Literal["auto", "federated", "local", "server", "none"] = Field(
+        "auto",
+        description="Whose means scale the inputs: all clients', each client's own, or those of server-examples; auto "
+        "is the task's choice, and what privacy.level covers.",
+    )
     strategy: str = Field("fedavg", description="Name in `fedra list`, entry point, or module:attr.")
     strategy_options: dict[str, Scalar] = Field(default_factory=dict, description="Options of the strategy.")
     rounds: int = Field(20, ge=1, description="Rounds of federated training.")
@@ -87,6 +93,7 @@ class RunConfig(Section):
     faults: Faults = Faults()
     attack: Attack = Attack()
     compression: Compression = Compression()
+    privacy: Privacy = Privacy()
     processors: str = Field(
         "", description="Update processors after our own, in this order: entry points or module:attr, with commas."
     )

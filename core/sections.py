@@ -82,7 +82,7 @@ class Baseline(Section):
 
 
 class Sampling(Section):
-    kind: Literal["uniform", "poisson", "power-of-choice", "oort"] = Field(
+    kind: Literal["uniform", "poisson", "cyclic", "power-of-choice", "oort"] = Field(
         "uniform", description="How a round's clients are chosen: `fedra list` explains each kind."
     )
     candidates: float = Field(
@@ -141,3 +141,45 @@ class Compression(Section):
     )
     fraction: float = Field(0.01, gt=0, le=1, description="For top-k: share of an update's numbers that is sent.")
     rotation: bool = Field(False, description="For int8 and int4: rotate at random before rounding.")
+
+
+class Privacy(Section):
+    level: Literal["none", "example", "client"] = Field(
+        "none", description="Whom differential privacy hides: nobody, each example of a client, or a client whole."
+    )
+    noise: Literal["central", "local", "distributed"] = Field(
+        "central", description="For level=client, who adds noise: the server to the sum, or each client to its update."
+    )
+    mechanism: Literal["gaussian", "banded"] = Field(
+        "gaussian", description="For central noise: new in every round, or banded over rounds (sampling.kind=cyclic)."
+    )
+    epsilon: float = Field(
+        0.0, ge=0, description="Budget: the noise is made for it, and the run ends before it is exceeded; 0 is none."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Probability that epsilon does not hold; below 1 / clients.")
+    noise_multiplier: float = Field(
+        0.0, ge=0, description="Noise in multiples of clipping-norm; 0 takes what privacy.epsilon needs. 0.5 to 2."
+    )
+    clipping_norm: float = Field(
+        1.0, gt=0, description="Largest L2 norm of an example's gradient, or of a client's update; 0.1 to 10 is usual."
+    )
+    clipping: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="For level=client: adaptive moves clipping-norm to a quantile of the updates' norms."
+    )
+    clipping_quantile: float = Field(
+        0.5, gt=0, lt=1, description="For adaptive clipping: share of updates that clipping leaves as they are."
+    )
+    clipping_rate: float = Field(0.2, gt=0, description="For adaptive clipping: its learning rate, on the logarithm.")
+    weight_cap: int = Field(
+        0, ge=0, description="For level=client: weigh updates by examples up to so many; 0 weighs clients alike."
+    )
+    noise_seed: int = Field(
+        -1,
+        ge=-1,
+        lt=2**63,
+        description="Seed of noise and of who is drawn, so that runs repeat and epsilon is no "
+        "guarantee; -1 is the operating system's randomness.",
+    )
+    preprocessing: Literal["covered", "uncovered"] = Field(
+        "covered", description="Whether to run although inputs are scaled by what epsilon does not cover."
+    )

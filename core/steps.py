@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
@@ -54,18 +54,40 @@ class Terms:
     """Names of the tensors that move; all by default."""
 
 
+class Private(Protocol):
+    """Local steps that hide each example (privacy/dpsgd.py)."""
+
+    def gradients(self, model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
+        """Return the function to every client's clipped and noised gradient of the loss, or of the objective.
+
+        Penalties and corrections depend on no example: they are not in it.
+        """
+        ...
+
+    def only(self, i: int) -> Private:
+        """Return client i's steps alone."""
+        ...
+
+    def count(self, steps: Tensor) -> None:
+        """Hear how many steps each client has taken, (C,) int64."""
+        ...
+
+
 def make_step(r: LocalRound, params: Tensors, terms: Terms) -> Step:
     """Return the fastest step that moves `params` (C, ...), in place, by the round's optimiser on loss and terms."""
     rate = plain_rate(r.optimizer)
     other = terms.penalty or terms.objective or terms.only is not None
     # Autocast and torch.compile take autograd's own operations, not one that moves weights.
-    if rate is not None and not (other or r.gradient_clip or r.bf16 or r.compiled):
+    if rate is not None and not (other or r.gradient_clip or r.bf16 or r.compiled or r.private):
         descent = _descent(r.model, r.loss, params, rate, terms.correction)
         if descent is not None:
             return descent
     # What is compiled is kept between rounds; a penalty or an objective is a new function in each.
     compiled = r.compiled and not (terms.penalty or terms.objective)
-    gradients = _compiled(r.model, r.loss) if compiled else _gradients(r.model, r.loss, terms)
+    if r.private:
+        gradients = _with_penalty(r.private.gradients(r.model, r.loss, terms), terms.penalty)
+    else:
+        gradients = _compiled(r.model, r.loss) if compiled else _gradients(r.model, r.loss, terms)
     moving = {name: p for name, p in params.items() if terms.only is None or name in terms.only}
     advance = advancing(list(moving.values()), r.optimizer)
 
@@ -150,6 +172,19 @@ def _gradients(model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
 def cohort_gradients(r: LocalRound) -> Gradients:
     """Return the function from weights (C, ...) and batches to the gradient of every client's own loss."""
     return _gradients(r.model, r.loss, Terms())
+
+
+def _with_penalty(gradients: Gradients, penalty: Penalty | None) -> Gradients:
+    """Return the gradients of a loss plus those of a penalty, which no example enters."""
+    if penalty is None:
+        return gradients
+    pull = vmap(grad(penalty))
+
+    def both(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+        found, losses = gradients(params, x, y, weight)
+        return {name: found[name] + more for name, more in pull(params).items()}, losses
+
+    return both
 
 
 @functools.lru_cache(maxsize=4)

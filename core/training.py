@@ -12,8 +12,6 @@ its slot computes afterwards reaches nobody.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,18 +24,9 @@ from torch.func import functional_call
 from core.batches import Batches
 from core.config import RunConfig
 from core.device import to_device
-from core.errors import unknown
 from core.one_by_one import one_by_one
 from core.records import Tensors, load_into, travelling
-from core.steps import Correction, Objective, Penalty, Terms, cohort_gradients, make_step
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-}
+from core.steps import Correction, Objective, Penalty, Private, Terms, cohort_gradients, make_step
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,8 @@ class LocalRound:
     """What each client has kept: tensors (C, ...) by kind and name."""
     sent: Mapping[str, Tensors] = field(default_factory=dict)
     """What the strategy sent beside the model, one copy for all, by kind and name."""
+    private: Private | None = None
+    """Hides each example in every step; None trains on plain gradients."""
 
     def mean_loss(self, weights: Tensors, x: Tensor, y: Tensor, share: Tensor, *, aside: bool = False) -> Tensor:
         """Return the mean loss of one client's batch x (B, ...), y (B,) under its weights, for an objective.
@@ -102,7 +93,9 @@ class LocalRound:
                 self.batches.steps[i : i + 1],
             )
             state = {kind: {name: t[i : i + 1] for name, t in kept.items()} for kind, kept in self.state.items()}
+            private = self.private.only(i) if self.private else None
             alone = {"sizes": (size,), "seeds": (seed,), "seed": seed, "state": state, "batches": batches}
+            alone["private"] = private
             yield replace(self, x=self.x[own], y=self.y[own], **alone)  # type: ignore[arg-type]
 
 
@@ -213,6 +206,10 @@ def local_sgd(
     for generator in generators:
         generator.manual_seed(r.seed)
     try:
+        if r.private:
+            # Whatever the cohort: examples are mapped, so a client alone is a cohort of one.
+            r.private.count(r.batches.steps)
+            return _vectorised(r, terms, start)
         return _vectorised(r, terms, start) if r.vectorised else LocalUpdate(*one_by_one(r, terms, start))
     finally:
         for generator, state in zip(generators, before, strict=True):
@@ -289,28 +286,3 @@ def can_vectorise(model: nn.Module) -> bool:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     return travelling(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def learning_rate(config: RunConfig, server_round: int) -> float:
-    """Return the local learning rate of a round (from 1) by `learning-rate-schedule`."""
-    done = max(server_round - 1, 0)
-    factor = {
-        "constant": 1.0,
-        "cosine": (1 + math.cos(math.pi * done / config.rounds)) / 2,
-        "exponential": config.learning_rate_decay**done,
-    }
-    return config.learning_rate * factor[config.learning_rate_schedule]
-
-
-def make_optimizer(config: RunConfig, rate: float, name: str = "") -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Return a function from parameters to the torch optimiser called `name`, by default the clients' own.
-
-    An optimiser that has no momentum option is not given any.
-    """
-    name = name or config.optimizer
-    if name not in OPTIMIZERS:
-        raise unknown("optimizer", name, OPTIMIZERS)
-    options: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
-    if name in ("sgd", "rmsprop"):
-        options["momentum"] = config.momentum
-    return functools.partial(OPTIMIZERS[name], **options)

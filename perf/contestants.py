@@ -62,7 +62,7 @@ def bare(name: str, rounds: int) -> Timed:
     import numpy as np
     import torch
 
-    from core.training import make_optimizer
+    from core.optimizers import make_optimizer
     from perf.workloads import config
     from tasks import load
     from tasks.base import build_model

@@ -7,13 +7,14 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from core import adversary, devices
+from core import adversary, devices, records
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError, unknown
+from core.optimizers import make_optimizer
 from core.processors import processors_of
-from core.training import make_optimizer
-from strategies import options_of, parameters_of, strategy_class
+from privacy import rules
+from strategies import makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
 from tasks import load
 from tasks.base import build_model
 from tasks.source import federation_of
@@ -40,6 +41,8 @@ def check(config: RunConfig) -> Federation:
     federation = federation_of(config)
     devices.check(config)
     adversary.check(config, len(task.labels))
+    linear, by_example = makes_partial_means(config), private_by_example(config)
+    rules.check(config, rules.Subject(model, task.standardise, linear, by_example, federation.train.sizes))
     processors_of(config)
     if config.compression.rotation and config.compression.kind not in ("int8", "int4"):
         raise InputError(
@@ -85,13 +88,16 @@ def build_strategy(config: RunConfig) -> Strategy:
     uniform = config.sampling.kind == "uniform"
     # Evaluation is the server's own step (server/evaluate.py), on its own schedule and for any strategy. So is any
     # selection that is not uniform (server/selection.py): the strategy takes all it is offered, be it nobody.
-    plumbing = {
+    plumbing: dict[str, Any] = {
         "fraction_train": sampled / config.clients if uniform else 1.0,
         "min_train_nodes": sampled if uniform else 0,
         "min_available_nodes": config.clients if uniform else 0,
         "fraction_evaluate": 0.0,
         "min_evaluate_nodes": 0,
     }
+    if config.privacy.level == "client":
+        # How many examples a client has would tell of it; clipping sends a weight of its own.
+        plumbing["weighted_by_key"] = records.WEIGHT
     accepted = parameters_of(cls)
     arguments = {name: value for name, value in plumbing.items() if name in accepted}
     arguments |= {key.replace("-", "_"): value for key, value in chosen.items()}

@@ -21,6 +21,7 @@ from server.malice import backdoor_success
 from server.observe import ObservedGrid
 from tasks import standardise
 from tasks.base import Task, build_model, predict
+from tasks.source import federation_of
 
 DESCRIBED = 10_000
 
@@ -104,7 +105,13 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
     numbers = [client for client, *_ in rows]
     if len(set(numbers)) < len(numbers) or not all(0 <= client < config.clients for client in numbers):
         raise RuntimeError(f"clients say that their numbers are {numbers[:5]}...; each must have one of its own from 0")
-    constants = standardise.combine([metrics for _, _, metrics, _ in rows]) if task.standardise != "none" else {}
+    constants: dict[str, list[float]] = {}
+    if task.standardise == "server":
+        own = federation_of(config).server
+        assert own is not None
+        constants = standardise.combine([standardise.statistics(own.x)])
+    elif task.standardise != "none":
+        constants = standardise.combine([metrics for _, _, metrics, _ in rows])
     return Description(
         names=[name for _, name, _, _ in rows],
         sizes=[list(metrics[records.SIZES]) for _, _, metrics, _ in rows],

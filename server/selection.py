@@ -1,6 +1,7 @@
 """Who trains in a round (`sampling.kind`), for any strategy: while it configures a round it sees nobody else.
 
 - poisson: every client for itself, with probability sampled / clients. What accountants of differential privacy assume.
+- cyclic: groups drawn once take turns, as the banded noise of `privacy.mechanism` needs it.
 - power-of-choice (Cho, Wang and Joshi, 2020, section 3, pi_pow-d): d candidates drawn by their shares of all examples
   are asked for the loss of the global model on their training examples; the m with the highest train. What asking
   costs is traffic of the round, but takes no virtual time.
@@ -28,6 +29,7 @@ from core import records
 from core.config import RunConfig
 from core.seeding import rng, uniforms
 from core.server_side import ServerSide
+from privacy.noise import source
 from server.build import asked
 from server.evaluate import Evaluator
 from server.observe import ObservedGrid
@@ -35,6 +37,7 @@ from server.observe import ObservedGrid
 KINDS = {
     "uniform": "as many as `sampled` says, all clients alike",
     "poisson": "every client by itself, so that `sampled` is the mean; a round may be empty",
+    "cyclic": "in fixed groups, one after the other; every client once in clients / sampled rounds",
     "power-of-choice": "drawn by examples, then those with the highest loss of sampling.candidates (Cho et al. 2020)",
     "oort": "high loss, many examples and a fast device, and sampling.exploration of new ones (Lai et al. 2021)",
 }
@@ -48,6 +51,10 @@ class Selection:
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._kind = config, config.sampling.kind
+        # Who sees models must not know who was drawn: that is what sampling adds to privacy.
+        private = config.privacy.level == "client" and config.privacy.noise == "central"
+        self._source = source(config.privacy.noise_seed) if private else None
+        self._order = rng(config.seed, "groups").permutation(config.clients) if self._kind == "cyclic" else np.zeros(0)
         clients = config.clients if self._kind == "oort" else 0
         self._utility, self._last = np.zeros(clients), np.zeros(clients, dtype=np.int64)
 
@@ -89,9 +96,15 @@ class Selection:
     def choose(self, number: int, clients: np.ndarray, nodes: Sequence[int], arrays: ArrayRecord) -> np.ndarray:
         """Return positions of the chosen among connected clients (n,), whose nodes these are."""
         wanted = min(len(clients), asked(self._config))
+        if self._kind == "poisson" and self._source is not None:
+            rate = asked(self._config) / self._config.clients
+            return np.flatnonzero(self._source.at("drawn", number).sampled(rate, len(clients)).numpy())
         uniform = uniforms(self._config.seed, "selection", number, clients=clients)
         if self._kind == "poisson":
             return np.flatnonzero(uniform < asked(self._config) / self._config.clients)
+        if self._kind == "cyclic":
+            groups = math.ceil(self._config.clients / asked(self._config))
+            return np.flatnonzero(self._order[clients] % groups == (number - 1) % groups)
         if self._kind == "oort":
             return self._oort(number, clients, wanted, uniform, self._seconds(number, clients, arrays))
         count = min(len(clients), math.ceil(self._config.sampling.candidates * wanted))

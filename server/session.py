@@ -26,6 +26,7 @@ from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
 from server.malice import Malice
 from server.observe import NAMED, Observed, ObservedGrid
+from server.privacy import Privacy
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
 from server.virtual import VirtualClock
@@ -66,6 +67,7 @@ class Session:
         self.clock = Clock()
         self.evaluate: Evaluator | None = None
         self.malice = Malice(config)
+        self.privacy = Privacy(config, self.task, folder.path)
         self.selection = Selection(config)
         self.checkpoints = checkpoints.Writer(folder.checkpoints)
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
@@ -78,9 +80,12 @@ class Session:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
+        if reason := self.privacy.spent():
+            self.stopped_by = reason
+            return
         # Elsewhere than in the engine every client answers for itself, and its update travels as it is encoded.
-        partial = makes_partial_means(self.config) and self.grid.numbered
-        config: dict[str, Any] = {records.PARTIAL_MEAN: partial, **about.config()}
+        partial = makes_partial_means(self.config) and self.grid.numbered and not self.privacy.needs_each
+        config: dict[str, Any] = {records.PARTIAL_MEAN: partial, **about.config(), **self.privacy.config()}
         if self.saved is not None:
             checkpoints.continue_from(self.strategy, self.saved)
         seed_globals(self.config.seed, "round", self.done + 1)
@@ -119,7 +124,7 @@ class Session:
             "kept": self.config.keep,
             "best": {key: self.best[key] for key in ("round", "metric", "value")} if self.best else None,
             "baselines": self.baselines,
-            "privacy": {"level": "none", "epsilon": None, "delta": None, "accountant": None},
+            "privacy": self.privacy.summary(),
             "secure_aggregation": None,
             "traffic": self.traffic,
             "virtual_seconds": self.virtual.seconds if self.virtual else self.virtual_before,
@@ -165,6 +170,7 @@ class Session:
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
         self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
+        self.privacy.stand_before(self.strategy, server.sizes)
         return about
 
     def _own_examples(self, about: Description) -> Split | None:
@@ -203,6 +209,7 @@ class Session:
         self.selection.observe(number, observed.clients)
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
+        row |= self.privacy.observe(number, observed.spent)
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
@@ -219,6 +226,8 @@ class Session:
         self._save()
         if self.on_round is not None:
             self.stopped_by = self.on_round(row) or ""
+        if not self.stopped_by and number < self.config.rounds:
+            self.stopped_by = self.privacy.spent()
         if self.stopped_by or (due and self._should_stop()):
             raise _StopEarly
         seed_globals(self.config.seed, "round", self.done + 1)
@@ -289,6 +298,7 @@ class Session:
             "virtual_seconds": self.virtual.seconds if self.virtual else None,
             "malice": self.malice.totals,
             "selection": self.selection.state(),
+            "privacy": self.privacy.state(),
         }
         states = self.grid.client_states
         saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress)
@@ -304,4 +314,5 @@ class Session:
         self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
+        self.privacy.restore(progress["privacy"])
         self.grid.client_states.update(saved.client_states)

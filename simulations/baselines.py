@@ -16,8 +16,9 @@ from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation, Split
 from core.metrics import best_threshold, score, score_counts, spread
+from core.optimizers import make_optimizer
 from core.seeding import derive, permutations
-from core.training import assemble, local_sgd, make_optimizer
+from core.training import assemble, local_sgd
 from tasks import load, standardise
 from tasks.base import Task, build_model, predict
 

@@ -19,7 +19,8 @@ from core.batches import plan
 from core.config import RunConfig
 from core.data import Federation
 from core.device import device_of
-from core.training import assemble, can_vectorise, local_sgd, make_optimizer
+from core.optimizers import make_optimizer
+from core.training import assemble, can_vectorise, local_sgd
 from tasks import load
 from tasks.base import Task, build_model
 from tasks.download import cache_folder

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from core.config import RunConfig
+from reports import protection
 from reports.words import duration, metric, number, plural
 from server.recorder import RunFolder
 from simulations.run import Run, worker_count
@@ -87,7 +88,8 @@ class Progress:
         if not self.console.is_terminal:
             self.print(f"round {row['round']}/{self.config.rounds}  {line}  {self._left(row['round'])}")
         if not row["sampled"]:
-            self.print(f"round {row['round']}: no client was drawn; the model stays")
+            moved = "the model moves by noise alone" if row["aggregated"] else "the model stays"
+            self.print(f"round {row['round']}: no client was drawn; {moved}")
         elif not row["aggregated"]:
             self.print(f"round {row['round']}: {self.config.strategy} made no new model from the replies it got")
         # What was lost as configured is no failure; the summary counts it.
@@ -124,7 +126,8 @@ class Progress:
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
         for line in _remarks(summary):
             self.print(line)
-        self.print("Privacy: none; updates leave clients in clear.")
+        for line in protection.lines(summary["privacy"]):
+            self.print(line)
         self.print(f"Run folder: {run.path}")
         self.print(f"Report:     {run.path / 'report.html'}")
 

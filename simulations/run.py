@@ -23,6 +23,7 @@ from core.data import Federation
 from core.device import decide_device, device_of
 from core.errors import InputError, unknown
 from core.records import load_into
+from privacy import rules
 from reports.words import plural
 from server.app import train
 from server.build import check
@@ -98,7 +99,7 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
     if own.is_file():
         prefix = f"{strategy}."
         flat |= {k.removeprefix(prefix): v for k, v in read_toml(own).items() if k.startswith(prefix)}
-    return RunConfig.of({**needs(strategy), **flat, **wanted})
+    return RunConfig.of({**needs(strategy), **rules.needs({**flat, **wanted}), **flat, **wanted})
 
 
 def preset_names() -> list[str]:

@@ -7,6 +7,7 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 - a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
 - `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
 - a static `check(config, model)` that raises `InputError` where it cannot work;
+- `private_by_example = True`: its client half uses examples in gradient steps only (`local_sgd`), which DP-SGD covers;
 - `set_up(server: ServerSide)`: hears of the run before its first round;
 - `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
   A strategy that says nothing gets every update.
@@ -159,6 +160,15 @@ def makes_partial_means(config: RunConfig) -> bool:
     """Return whether cohorts may answer the configured strategy with one weighted mean."""
     entry = STRATEGIES.get(config.strategy)
     return entry.partial_means if entry else bool(getattr(strategy_class(config.strategy), "partial_means", False))
+
+
+def private_by_example(config: RunConfig) -> bool:
+    """Return whether all that the strategy's clients make of their examples passes through per-example clipping.
+
+    So it is for plain local SGD, and for those of our own client halves that say so.
+    """
+    cls = strategy_class(config.strategy)
+    return bool(getattr(cls, "private_by_example", not hasattr(cls, "local_update")))
 
 
 def needs(name: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ PERSONAL = "personal"
 class Ditto(Linear):
     """FedAvg, with a personal model of proximity `proximity` (the paper's lambda) on every client."""
 
+    private_by_example = True
+
     def __init__(self, *, proximity: float = 0.1, **fedavg: Any) -> None:
         super().__init__(**fedavg)
         self.proximity = proximity
@@ -46,7 +48,8 @@ class Ditto(Linear):
         def towards(w: Tensors) -> Tensors:
             return {name: near * (p - origin[name]) for name, p in w.items()}
 
-        own = local_sgd(r, start=r.state[PERSONAL], correction=towards)
+        # What never leaves needs no noise.
+        own = local_sgd(replace(r, private=None), start=r.state[PERSONAL], correction=towards)
         return replace(local_sgd(r), state={PERSONAL: own.params})
 
     @staticmethod

@@ -27,6 +27,8 @@ GRADIENT = "gradient"
 class FedDyn(Uniform):
     """FedAvg with a dynamic regulariser of strength alpha."""
 
+    private_by_example = True
+
     def __init__(self, *, alpha: float = 0.1, **fedavg: Any) -> None:
         if alpha <= 0:
             raise ValueError("alpha must be above 0")

@@ -26,6 +26,8 @@ TAU = "tau"
 class FedNova(Linear):
     """FedAvg of normalised updates."""
 
+    private_by_example = True
+
     @staticmethod
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse local optimisers whose a_i is not known."""
@@ -34,10 +36,14 @@ class FedNova(Linear):
     def set_up(self, server: ServerSide) -> None:
         """Learn which tensors take steps: running statistics do not."""
         self.names = trainable(server)
+        config = server.config
+        # Where all take as many steps nobody has to say how many: differential privacy lets no such number pass.
+        steps = torch.tensor([float(config.local_steps)])
+        self.tau = float(length(steps, config.momentum)) if config.local_steps else None
 
     def combine(self, mean: Vectors, beside: dict[str, Vectors], metrics: MetricRecord, weight: float) -> Vectors:
         """Return x - tau_eff sum_i p_i d_i."""
-        tau: Any = metrics[TAU]
+        tau: Any = metrics[TAU] if self.tau is None else self.tau
         return mean | {name: self.current[name] + tau * (mean[name] - self.current[name]) for name in self.names}
 
     @staticmethod
@@ -45,11 +51,15 @@ class FedNova(Linear):
         """Return x - d_i in place of x_i, and ||a_i||_1."""
         update = local_sgd(r)
         rho = float(getattr(r.optimizer, "keywords", {}).get("momentum", 0.0))
-        steps = r.batches.steps.to(torch.float32)
-        tau = ((steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)).to(update.loss.device)
+        tau = length(r.batches.steps.to(torch.float32), rho).to(update.loss.device)
         own = [name for name, p in r.model.named_parameters() if p.requires_grad]
         normalised = {
             name: r.global_params[name] + (update.params[name] - r.global_params[name])
             / per_client(tau, update.params[name]) for name in own
         }  # fmt: skip
         return LocalUpdate({**update.params, **normalised}, update.loss, {TAU: tau})
+
+
+def length(steps: torch.Tensor, rho: float) -> torch.Tensor:
+    """Return ||a_i||_1 of clients (C,) that take so many steps with local momentum rho."""
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)

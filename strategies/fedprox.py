@@ -16,6 +16,8 @@ from strategies.requirements import needs_small_steps
 class FedProx(strategy.FedProx):
     """FedAvg where client k minimises F_k(w) + mu/2 ||w - w_global||^2."""
 
+    private_by_example = True
+
     def __init__(self, *, proximal_mu: float = 0.1, **fedavg: object) -> None:
         super().__init__(proximal_mu=proximal_mu, **fedavg)  # type: ignore[arg-type]
 

@@ -66,8 +66,8 @@ class Linear(strategy.FedAvg):
 class Uniform(Linear):
     """As `Linear`, every client counting the same: its client half gives `LocalUpdate.weight` as ones."""
 
-    def __init__(self, **fedavg: Any) -> None:
-        super().__init__(weighted_by_key=records.WEIGHT, **fedavg)
+    def __init__(self, *, weighted_by_key: str = records.WEIGHT, **fedavg: Any) -> None:
+        super().__init__(weighted_by_key=weighted_by_key, **fedavg)
 
 
 def _vectors(arrays: ArrayRecord) -> Vectors:

@@ -25,6 +25,8 @@ PREVIOUS = "previous"
 class Moon(Linear):
     """FedAvg with a contrastive term of weight `mu`."""
 
+    private_by_example = True
+
     def __init__(self, *, mu: float = 1.0, temperature: float = 0.5, **fedavg: Any) -> None:
         if temperature <= 0:
             raise ValueError("temperature must be above 0")

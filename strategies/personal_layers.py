@@ -32,6 +32,8 @@ _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn
 class FedBN(Linear):
     """FedAvg of everything but normalisation layers."""
 
+    private_by_example = True
+
     @staticmethod
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse models without anything to keep: that would be FedAvg under another name."""
@@ -57,6 +59,8 @@ class FedBN(Linear):
 
 class FedPer(Linear):
     """FedAvg of everything but the last layers."""
+
+    private_by_example = True
 
     def __init__(self, *, personal_layers: int = 1, **fedavg: Any) -> None:
         if personal_layers < 1:

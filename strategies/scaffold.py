@@ -28,6 +28,8 @@ CONTROL = "control"
 class Scaffold(Uniform):
     """FedAvg with control variates, eta_g = server_learning_rate."""
 
+    private_by_example = True
+
     def __init__(self, *, server_learning_rate: float = 1.0, **fedavg: Any) -> None:
         super().__init__(**fedavg)
         self.server_learning_rate = server_learning_rate

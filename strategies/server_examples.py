@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from core import records
 from core.batches import plan
+from core.optimizers import learning_rate, make_optimizer
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import derive, permutations
 from core.server_side import ServerSide
-from core.training import assemble, learning_rate, local_sgd, make_optimizer
+from core.training import assemble, local_sgd
 from strategies.robust import Rule, arrays_of
 
 

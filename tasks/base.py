@@ -17,6 +17,9 @@ from core.data import Federation
 from core.device import to_device
 from core.errors import InputError, unknown
 
+Standardise = Literal["federated", "local", "server", "none"]
+"""All clients' constants (from sums and counts), each client's own, those of the server's examples, or none."""
+
 
 class Task(Protocol):
     """Data, model, loss and metrics of a learning problem, made from a `RunConfig`. It loads data only when asked."""
@@ -25,8 +28,8 @@ class Task(Protocol):
     """Names of the classes; label k of the data is labels[k]."""
     metrics: tuple[str, ...]
     """Names in `core.metrics` that describe this task; the first two after loss stand in the progress display."""
-    standardise: Literal["federated", "local", "none"]
-    """Whose means and deviations scale the inputs: all clients' (from sums and counts), each client's own, or none."""
+    standardise: Standardise
+    """Whose means and deviations scale the inputs, unless the run says otherwise."""
     tuned_threshold: bool
     """Whether a binary prediction turns positive where F1 is best on the clients' validation splits, not at 0.5."""
 

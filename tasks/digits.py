@@ -9,7 +9,6 @@ NeurIPS 2020).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data import Federation
 from core.seeding import rng
-from tasks.base import Dataset, Table, choose, choose_model, classification_loss
+from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss
 from tasks.partition import federate
 
 LABELS = tuple(str(digit) for digit in range(10))
@@ -30,7 +29,7 @@ class Digits:
 
     labels: tuple[str, ...] = LABELS
     metrics: tuple[str, ...] = ("loss", "accuracy", "macro_f1", "auroc", "ece")
-    standardise: Literal["none"] = "none"
+    standardise: Standardise = "none"
     tuned_threshold = False
 
     def __init__(self, config: RunConfig) -> None:

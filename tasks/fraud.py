@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError
-from tasks.base import Dataset, Table, choose, choose_model, classification_loss, refuse_missing
+from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss, refuse_missing
 from tasks.fraud_generator import FEATURES, generate
 from tasks.partition import federate
 
@@ -30,7 +29,7 @@ class Fraud:
     """Fraudulent or not, from standardised features: clients are banks, car makes, or groups of customers."""
 
     metrics: tuple[str, ...] = ("loss", "pr_auc", "recall_at_1pct_fpr", "f1", "auroc", "ece")
-    standardise: Literal["federated", "local", "none"] = "federated"
+    standardise: Standardise = "federated"
     tuned_threshold = True
 
     def __init__(self, config: RunConfig) -> None:

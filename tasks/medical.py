@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data import Federation, Ragged, Split
 from core.errors import InputError
-from tasks.base import Dataset, Table, choose, choose_model, classification_loss
+from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss
 from tasks.download import locate
 from tasks.partition import federate
 
@@ -48,7 +47,7 @@ class Medical:
         self.name, self.dataset = choose(DATASETS, config)
         self.labels = self.dataset.labels
         # FLamby lets each hospital standardise with its own constants; measurements there are not comparable.
-        self.standardise: Literal["federated", "local"] = "local" if self.name == "heart" else "federated"
+        self.standardise: Standardise = "local" if self.name == "heart" else "federated"
 
     def federation(self) -> Federation:
         """Return the clients' raw features (n, 30 or 13) float32, labels int64 in {0, 1}, and the central test set."""

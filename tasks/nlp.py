@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError
-from tasks.base import Dataset, Table, choose, choose_model, classification_loss, refuse_missing
+from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss, refuse_missing
 from tasks.nlp_generator import SPECIALTIES, generate
 from tasks.partition import federate
 from tasks.text_models import PADDING, BagOfEmbeddings, TextTransformer
@@ -45,7 +44,7 @@ PAGES = {
 class Nlp:
     """Classes of texts from hashed tokens; logits (B,) for two classes, else (B, classes)."""
 
-    standardise: Literal["none"] = "none"
+    standardise: Standardise = "none"
     tuned_threshold = False
 
     def __init__(self, config: RunConfig) -> None:

@@ -23,7 +23,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError
 from core.seeding import rng
-from tasks.base import Dataset, Table, choose, choose_model, classification_loss
+from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss
 from tasks.partition import federate
 
 FEATURES, CLASSES = 60, 10
@@ -47,7 +46,7 @@ class Synthetic:
 
     labels: tuple[str, ...] = LABELS
     metrics: tuple[str, ...] = ("loss", "accuracy", "macro_f1", "auroc", "ece")
-    standardise: Literal["none"] = "none"
+    standardise: Standardise = "none"
     tuned_threshold = False
 
     def __init__(self, config: RunConfig) -> None:

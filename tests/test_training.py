@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.batches import Batches, plan, stream
 from core.config import RunConfig
 from core.one_by_one import takes_channels_last
+from core.optimizers import learning_rate, make_optimizer
 from core.records import to_arrays, to_tensors, travelling
 from core.seeding import permutations
 from core.stacked import stack
@@ -21,9 +22,7 @@ from core.training import (
     LocalRound,
     can_vectorise,
     global_loss,
-    learning_rate,
     local_sgd,
-    make_optimizer,
     squared_distance,
 )
 from tasks.base import classification_loss

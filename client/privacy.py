@@ -1,0 +1,108 @@
+"""A client's part in differential privacy: private batches and steps, clipping, noise and a budget of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+
+from core import records
+from core.batches import Batches
+from core.config import RunConfig
+from core.training import LocalRound, LocalUpdate
+from privacy.accounting import Event, epsilon, keep_spent, spent_by
+from privacy.client_level import ClientLevel, Clipping, local_event, with_noise
+from privacy.dpsgd import PrivateSteps
+from privacy.example_level import ExampleLevel, poisson_batches
+from privacy.noise import source
+
+
+class ClientPrivacy:
+    """What a cohort of clients does; what each has spent is its own and lies in its `Context.state`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        own = config.privacy
+        self._config, self._source = config, source(own.noise_seed)
+        self._examples = ExampleLevel(config) if own.level == "example" else None
+        self._clients = ClientLevel.of(config) if own.level == "client" else None
+        self._clipping = Clipping(self._clients) if self._clients else None
+        self._local = own.noise == "local"
+
+    @staticmethod
+    def of(config: RunConfig) -> ClientPrivacy | None:
+        """Return the configured privacy; None where there is none."""
+        return ClientPrivacy(config) if config.privacy.level != "none" else None
+
+    def exhausted(self, contexts: Sequence[Context], sizes: Sequence[int]) -> list[bool]:
+        """Return which clients' budgets one more round would exceed."""
+        own = self._config.privacy
+        if not own.epsilon:
+            return [False] * len(contexts)
+        return [
+            bool(cost) and epsilon(spent_by(context.state) + cost, own.delta) > own.epsilon
+            for context, cost in zip(contexts, map(self._cost, sizes), strict=True)
+        ]
+
+    def _cost(self, size: int) -> Counter[Event]:
+        """Return what a round costs a client that has so many examples; nothing where the server accounts."""
+        if self._examples and size:
+            return Counter(self._examples.cost(size))
+        return Counter({local_event(self._clients.noise_multiplier): 1} if self._clients and self._local else {})
+
+    def batches(self, server_round: int, clients: Sequence[int], sizes: Sequence[int]) -> Batches | None:
+        """Return Poisson batches for a round; None where examples are not hidden and any batches will do."""
+        if self._examples is None:
+            return None
+        sources = [self._source.at("batches", server_round, client) for client in clients]
+        return poisson_batches(self._examples, sizes, sources)
+
+    def steps(self, server_round: int, clients: Sequence[int], sizes: Sequence[int]) -> PrivateSteps | None:
+        """Return the cohort's private steps for a round; None where examples are not hidden."""
+        if self._examples is None:
+            return None
+        events = [self._examples.event(size) for size in sizes]
+        return PrivateSteps(
+            self._config.privacy.clipping_norm,
+            [event.noise_multiplier for event in events],
+            [event.rate * size for event, size in zip(events, sizes, strict=True)],
+            [self._source.at("steps", server_round, client) for client in clients],
+            np.zeros(len(clients), dtype=np.int64),
+        )
+
+    def protect(self, update: LocalUpdate, r: LocalRound, server_round: int, clients: Sequence[int]) -> LocalUpdate:
+        """Return the update as it may leave: clipped, and under local noise noised."""
+        if self._clipping is None:
+            return update
+        update = self._clipping(update, r)
+        if not self._local:
+            return update
+        assert self._clients is not None
+        sources = [self._source.at("update", server_round, client) for client in clients]
+        return with_noise(update, r, self._clients.noise_multiplier, sources)
+
+    def events(self, r: LocalRound, sizes: Sequence[int]) -> list[tuple[Event, int]]:
+        """Return what the round has cost each client, by the steps that it took."""
+        if self._examples is not None:
+            assert isinstance(r.private, PrivateSteps)
+            return list(zip(map(self._examples.event, sizes), r.private.taken.tolist(), strict=True))
+        if not self._local:
+            return []
+        return [(event, count) for size in sizes for event, count in self._cost(size).items()]
+
+
+def columns_of(events: Sequence[tuple[Event, int]]) -> dict[str, Sequence[Any]]:
+    """Return what the clients say that their answers cost them, a column each."""
+    return {
+        records.EVENT_RATE: [event.rate for event, _ in events],
+        records.EVENT_NOISE: [event.noise_multiplier for event, _ in events],
+        records.EVENT_COUNT: [count for _, count in events],
+    } if events else {}  # fmt: skip
+
+
+def note(contexts: Sequence[Context], events: Sequence[tuple[Event, int]]) -> None:
+    """Let each client remember what it has spent."""
+    for context, (event, count) in zip(contexts, events, strict=bool(events)):
+        keep_spent(context.state, spent_by(context.state) + Counter({event: count}))

@@ -1,0 +1,66 @@
+"""DP-SGD in the cohort kernel: every client's gradient from its examples' own, clipped, summed and noised.
+
+Abadi et al., CCS 2016, algorithm 1. The kernel asks for gradients where it would compute its own (core/steps.py); what
+a strategy adds to them, a proximal term or a control variate, depends on no example and is added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.records import Tensors
+from core.steps import Gradients, Loss, Terms
+from privacy.noise import Source, noised
+from privacy.per_example import ClippedGradients
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """The private steps of C clients."""
+
+    clipping_norm: float
+    noise_multipliers: Sequence[float]
+    """z of each client, (C,)."""
+    expected: Sequence[float]
+    """Examples that a batch of each client has on average, (C,)."""
+    sources: Sequence[Source]
+    taken: np.ndarray
+    """Steps that each client has taken, (C,) int64: the kernel counts, and the ledger believes it."""
+
+    def only(self, i: int) -> PrivateSteps:
+        """Return client i's steps alone; they are counted here too."""
+        one = slice(i, i + 1)
+        return PrivateSteps(
+            self.clipping_norm, self.noise_multipliers[one], self.expected[one], self.sources[one], self.taken[one]
+        )
+
+    def count(self, steps: Tensor) -> None:
+        """Count `steps` (C,) of each client."""
+        np.add(self.taken, steps.cpu().numpy(), out=self.taken)
+
+    def gradients(self, model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
+        """Return the function from weights and batches to every client's private gradient."""
+        clipped = ClippedGradients(model, loss, objective=terms.objective, beside=terms.beside)
+
+        def found(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
+            real = weight > 0
+            sums, losses, _ = clipped(params, x, y, real, self.clipping_norm)
+            counts = real.sum(1).clamp(min=1)
+            return self._noised(sums), losses.sum(1) / counts
+
+        return found
+
+    def _noised(self, sums: Mapping[str, Tensor]) -> Tensors:
+        """Return each client's (sum + noise) / expected batch."""
+        out: Tensors = {name: torch.empty_like(total) for name, total in sums.items()}
+        for name, total in sums.items():
+            for i, (z, expected, source) in enumerate(
+                zip(self.noise_multipliers, self.expected, self.sources, strict=True)
+            ):
+                out[name][i] = noised(total[i], z * self.clipping_norm, source) / expected
+        return out

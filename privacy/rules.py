@@ -1,0 +1,201 @@
+"""What a private run must not do: each rule refuses with the remedy; and what its epsilon says nothing about.
+
+Privacy code refuses rather than guesses. What is allowed and still leaves clients without noise is listed, wherever
+epsilon is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from core.config import RunConfig
+from core.errors import InputError
+from core.records import travelling
+from privacy.accounting import epsilon
+from privacy.client_level import ClientLevel
+from privacy.example_level import ExampleLevel
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the rules look at beside the configuration."""
+
+    model: nn.Module
+    standardise: str
+    """Whose constants scale the inputs: federated, local, server, none."""
+    linear: bool
+    """Whether the strategy needs no more than a weighted mean."""
+    by_example: bool
+    """Whether what its clients do with an example passes through per-example clipping."""
+    sizes: np.ndarray
+    """Training examples of each client, (clients,) int64."""
+
+
+def needs(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that a private run has unless preset or user say otherwise: clients are drawn independently."""
+    if wanted.get("privacy.level") != "client" or wanted.get("privacy.noise", "central") != "central":
+        return {}
+    return {"sampling.kind": "cyclic" if wanted.get("privacy.mechanism") == "banded" else "poisson"}
+
+
+def check(config: RunConfig, subject: Subject) -> None:
+    """Raise `InputError` where a run would not be as private as it says."""
+    level = config.privacy.level
+    rules = {"none": (_no_promise,), "client": (_always, _of_clients), "example": (_always, _of_examples)}[level]
+    for rule in rules:
+        for sentence in rule(config, subject):
+            raise InputError(sentence)
+    if level != "none":
+        _affordable(config, subject)
+
+
+def _no_promise(config: RunConfig, subject: Subject) -> Iterator[str]:
+    defaults = RunConfig().flat()
+    for key, value in config.flat().items():
+        if key.startswith("privacy.") and value != defaults[key]:
+            yield f"{key}={value} protects nobody with privacy.level=none; set privacy.level=example or client."
+
+
+def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
+    own = config.privacy
+    if not (own.epsilon or own.noise_multiplier):
+        yield (
+            f"privacy.level={own.level} has no noise; set privacy.epsilon (the budget, for example 8) or "
+            "privacy.noise-multiplier."
+        )
+    parameters = {name: p for name, p in subject.model.named_parameters() if p.requires_grad}
+    for name in sorted(travelling(subject.model).keys() - parameters.keys()):
+        yield f"the model sends running statistics ({name}), which no clipping bounds; replace BatchNorm by GroupNorm."
+    for name, p in parameters.items():
+        if not p.is_floating_point():
+            yield f"parameter {name} is not a real number and cannot be clipped; freeze or replace it."
+    if config.sampling.kind in ("oort", "power-of-choice"):
+        yield (
+            f"sampling.kind={config.sampling.kind} chooses clients by their losses, which no epsilon covers; set "
+            "uniform or poisson."
+        )
+    if own.preprocessing == "covered" and not _covered(own.level, subject.standardise):
+        whose = {"federated": "sums over all clients' examples", "local": "each client's own means"}
+        yield (
+            f"inputs are scaled by {whose[subject.standardise]}, which epsilon does not cover; set server-examples=50 "
+            "or so with standardise=server (means of the server's own examples), or privacy.preprocessing=uncovered to "
+            "go on and say so."
+        )
+    if own.level != "client" or own.noise != "central":
+        for key, value in {"mechanism": own.mechanism, "clipping": own.clipping}.items():
+            if value not in ("gaussian", "fixed"):
+                yield f"privacy.{key}={value} is for privacy.level=client with privacy.noise=central; drop it."
+
+
+def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
+    own, sampling = config.privacy, config.sampling
+    if own.noise == "distributed":
+        yield (
+            "privacy.noise=distributed adds noise inside secure aggregation, which this version does not have yet; "
+            "choose privacy.noise=central or local."
+        )
+    yield from _delta_too_large(own.delta, config.clients, "clients")
+    if own.noise == "local":
+        return
+    if not subject.linear:
+        yield (
+            f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
+            "choose privacy.noise=local, or a strategy of weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
+        )
+    if config.strategy == "fednova" and not config.local_steps:
+        yield "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all."
+    everybody = config.count(config.sampled) == config.clients
+    wanted = "cyclic" if own.mechanism == "banded" else "poisson"
+    if sampling.kind != wanted and not (everybody and own.mechanism == "gaussian"):
+        yield (
+            f"sampling.kind={sampling.kind}: with privacy.mechanism={own.mechanism} what a round costs is known for "
+            f"sampling.kind={wanted}; set it."
+        )
+    if sampling.over_selection > 1:
+        yield (
+            f"sampling.over-selection={sampling.over_selection:g}: whether a client counts would depend on who else is "
+            "slow; set 1."
+        )
+    if own.mechanism == "banded" and own.clipping == "adaptive":
+        yield (
+            "privacy.mechanism=banded ties the rounds' noise together, so the clipping norm must stay; set "
+            "privacy.clipping=fixed."
+        )
+
+
+def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
+    own = config.privacy
+    yield from _delta_too_large(own.delta, int(subject.sizes.max()), "examples of the largest client")
+    if own.noise != "central":
+        yield (
+            f"privacy.noise={own.noise} is for privacy.level=client; at level example every client adds noise to its "
+            "own steps. Drop it."
+        )
+    if own.weight_cap:
+        yield f"privacy.weight-cap={own.weight_cap} is for privacy.level=client; drop it."
+    if not subject.by_example:
+        yield (
+            f"clients of strategy {config.strategy} use their examples otherwise than in gradient steps, which "
+            "per-example clipping does not cover; choose fedavg, fedprox, scaffold, feddyn, moon, a server optimiser "
+            "or a robust rule."
+        )
+    if config.processors:
+        yield f"processors={config.processors} see examples, and no epsilon covers what they send; drop them."
+    if config.engine.precision != "float32":
+        yield f"engine.precision={config.engine.precision}: examples are clipped in float32; set it."
+    if config.engine.compile:
+        yield "engine.compile=true does not compile gradients of single examples; set false."
+
+
+def _covered(level: str, standardise: str) -> bool:
+    """Return whether epsilon covers the constants that scale the inputs: a client's own are its own business."""
+    return standardise in ("server", "none") or (level == "client" and standardise == "local")
+
+
+def _affordable(config: RunConfig, subject: Subject) -> None:
+    """Raise `InputError` where the first round alone would exceed the budget."""
+    own = config.privacy
+    if not own.epsilon:
+        return
+    if own.level == "client":
+        costs = [{event: count} for _, event, count in ClientLevel.of(config).round_events([0])]
+    else:
+        costs = ExampleLevel(config).round_costs(subject.sizes)
+    least = min(epsilon(cost, own.delta) for cost in costs)
+    if least > own.epsilon:
+        raise InputError(
+            f"privacy.noise-multiplier={own.noise_multiplier:g} spends epsilon {least:.3g} in one round, more than the "
+            f"budget privacy.epsilon={own.epsilon:g}; raise one of them, or leave the noise to the budget (0)."
+        )
+
+
+def _delta_too_large(delta: float, count: int, what: str) -> Iterator[str]:
+    if delta * count >= 1:
+        yield (
+            f"privacy.delta={delta:g} with {count} {what} allows to publish one of them whole; set less than "
+            f"{1 / count:.2g}."
+        )
+
+
+def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
+    """Return what a private run's epsilon says nothing about, a phrase each.
+
+    `standardise` says whose constants scale the inputs, `tuned` whether a decision threshold is chosen on validation.
+    """
+    own, found = config.privacy, []
+    if not _covered(own.level, standardise):
+        found.append("the means and deviations that scale the inputs")
+    elif standardise == "local":
+        found.append("the means and deviations that scale the central test set")
+    found.append("each client's numbers of examples and labels, stated at the start")
+    found.append("clients' training losses and evaluation metrics, for the operator's eyes")
+    if tuned:
+        found.append("the decision threshold, chosen on the clients' validation splits")
+    if config.keep == "best" or config.early_stopping.metric:
+        found.append("which round's model is kept, chosen by the clients' validation metrics")
+    return found

@@ -1,0 +1,121 @@
+"""What a run owes to differential privacy: its ledger, the noise of its server, when it must stop, and what it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import Strategy
+
+from core import records
+from core.config import RunConfig
+from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon
+from privacy.client_level import ClientLevel
+from privacy.example_level import ExampleLevel
+from privacy.noise import source
+from privacy.rules import uncovered
+from server.private_sum import PrivateSum
+from tasks.base import Task
+
+LEDGER = "ledger.jsonl"
+SPENT = "privacy budget"
+NOTHING = {"level": "none", "epsilon": None, "delta": None, "accountant": None}
+
+
+class Privacy:
+    """One run's account; without a level it says that there is none."""
+
+    def __init__(self, config: RunConfig, task: Task, folder: Path) -> None:
+        self._config, self._own, self._task = config, config.privacy, task
+        self._sizes = np.zeros(0, dtype=np.int64)
+        self.ledger = Ledger(self._own.delta, folder / LEDGER if self._own.level != "none" else None)
+        self._sum: PrivateSum | None = None
+        self._level: ClientLevel | None = None
+        if self._own.level == "client":
+            self._level = ClientLevel.of(config)
+            if self._own.noise == "central":
+                self._sum = PrivateSum(self._level, self.ledger, source(self._own.noise_seed))
+
+    @property
+    def needs_each(self) -> bool:
+        """Return whether the server must clip every answer itself, because clients may not have."""
+        return self._sum is not None and (self._config.attack.kind != "none" or self._config.compression.kind != "none")
+
+    def config(self) -> dict[str, float]:
+        """Return what clients have to know in every round."""
+        return {records.CLIPPING_NORM: self._own.clipping_norm} if self._level is not None else {}
+
+    def stand_before(self, strategy: Strategy, sizes: np.ndarray) -> None:
+        """Let the strategy see sums with noise alone, where the server adds it; `sizes` (clients,) are examples."""
+        self._sizes = sizes
+        if self._sum is not None:
+            self._sum.stand_before(strategy)
+
+    def observe(self, server_round: int, spent: list[tuple[int, Event, int]]) -> dict[str, Any]:
+        """Return a round's part in rounds.jsonl. `spent` is what clients say that their answers cost them."""
+        if self._own.level == "none":
+            return {}
+        if self._sum is None:
+            self.ledger.spend(server_round, spent)
+        row: dict[str, Any] = {"epsilon": self.ledger.worst()}
+        if self._level is not None:
+            row["noise_multiplier"] = self._level.noise_multiplier
+        if self._sum is not None:
+            row |= {"sampling_rate": self._level.rate, "clipping_norm": self._sum.used_norm}  # type: ignore[union-attr]
+            if self._sum.within is not None:
+                row["within_clipping_norm"] = self._sum.within
+        return {"privacy": row}
+
+    def spent(self) -> str:
+        """Return why no further round may begin; empty while one may.
+
+        Where clients have budgets of their own each refuses for itself, and the run ends when nobody is left.
+        """
+        own, spent = self._own, self.ledger.spent
+        if own.level == "none" or not own.epsilon:
+            return ""
+        if self._level is not None:
+            costs = {owner: {event: count} for owner, event, count in self._level.round_events(range(len(self._sizes)))}
+        else:
+            level = ExampleLevel(self._config)
+            by_size = {size: level.cost(size) for size in set(self._sizes.tolist()) if size}
+            costs = {client: by_size[size] for client, size in enumerate(self._sizes.tolist()) if size}
+        affordable = (
+            epsilon(spent.get(owner, Counter()) + Counter(cost), own.delta) <= own.epsilon
+            for owner, cost in costs.items()
+        )
+        return "" if any(affordable) else SPENT
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `summary.json` holds under `privacy`."""
+        if self._own.level == "none":
+            return dict(NOTHING)
+        worst = self.ledger.worst()
+        about: dict[str, Any] = {
+            "level": self._own.level,
+            "epsilon": worst,
+            "delta": self._own.delta,
+            "accountant": accountant(worst),
+            "neighbours": "replace" if self._own.noise == "local" and self._level else "add or remove",
+            "noise": self._own.noise if self._own.level == "client" else "at every client, in every step",
+            "clipping_norm": self._own.clipping_norm,
+            "simulated": self._own.noise_seed >= 0,
+            "not_covered": uncovered(self._config, self._task.standardise, self._task.tuned_threshold),
+        }
+        if self._level is not None:
+            about |= {"noise_multiplier": self._level.noise_multiplier, "sampling_rate": self._level.rate}
+        if EVERYBODY not in self.ledger.spent:
+            about["clients"] = {str(client): self.ledger.of(client) for client in sorted(self.ledger.spent)}
+        return about
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the ledger's own file."""
+        return self._sum.state() if self._sum is not None else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` returned."""
+        if self._sum is not None:
+            self._sum.restore(state)

@@ -1,0 +1,142 @@
+"""Central noise: the clients' clipped updates become one answer, their noisy sum, before any strategy sees them.
+
+The strategy gets one ordinary reply with the mean of `privacy/client_level.py`. It may do with it what it likes: what
+is computed from something private costs nothing more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.constants import DEFAULT_TTL
+from flwr.app.metadata import Metadata
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from core import bundle, records
+from core.records import to_arrays, to_numpy
+from privacy.accounting import Ledger
+from privacy.client_level import ClientLevel
+from privacy.noise import Source, noised
+
+Vectors = dict[str, np.ndarray]
+# Of a cohort's mean in float32, against the sum of its clients' clipping norms.
+TOLERANCE = 1e-3
+
+
+class PrivateSum:
+    """Stands between the round's replies and the strategy."""
+
+    def __init__(self, level: ClientLevel, ledger: Ledger, noise: Source) -> None:
+        self._level, self._ledger, self._noise = level, ledger, noise
+        self.clipping_norm = level.config.privacy.clipping_norm
+        """Of the next round."""
+        self.used_norm = self.clipping_norm
+        """Of the last round."""
+        self.within: float | None = None
+        """Noisy share of the last round's updates that were no longer than its clipping norm."""
+        self._sent: Vectors = {}
+        self._names: tuple[str, ...] = ()
+
+    def stand_before(self, strategy: Strategy) -> None:
+        """Let the strategy see one private answer a round in place of the clients' own."""
+        configure_train, aggregate_train = strategy.configure_train, strategy.aggregate_train
+
+        def configure(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+            config[records.CLIPPING_NORM] = self.clipping_norm
+            messages = list(configure_train(server_round, arrays, config, grid))
+            beside: Mapping[str, Vectors] = getattr(strategy, "beside", dict)()
+            self._sent = {name: to_numpy(array) for name, array in arrays.items()} | bundle.beside(beside)  # type: ignore[assignment]
+            return messages
+
+        def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+            answers = [reply.content for reply in replies if reply.has_content()]
+            return aggregate_train(server_round, [_message(self._released(server_round, answers))])
+
+        strategy.configure_train = configure  # type: ignore[method-assign]
+        strategy.aggregate_train = aggregate  # type: ignore[method-assign]
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next round needs of this one."""
+        return {"clipping_norm": self.clipping_norm, "names": list(self._names)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` returned."""
+        self.clipping_norm, self._names = state["clipping_norm"], tuple(state["names"])
+
+    def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
+        """Return the round's one private answer. What it costs is in the ledger before."""
+        total = self._sum(answers)
+        self._ledger.spend(server_round, self._level.round_events([]))
+        noise, norm = self._noise.at("sum", server_round), self.clipping_norm
+        deviation, expected = self._level.sum_multiplier * norm, self._level.expected
+        mean: Vectors = {}
+        for name, values in total.items():
+            noisy = noised(torch.from_numpy(values), deviation, noise).numpy()
+            mean[name] = ((0.0 if "/" in name else self._sent[name]) + noisy / expected).astype(np.float32)
+        self.used_norm = norm
+        if self._level.adaptive:
+            count = sum(_within(answer) for answer in answers)
+            noisy_count = float(noised(torch.tensor([count]), self._level.count_noise, noise))
+            self.within = noisy_count / expected + 0.5
+            self.clipping_norm = self._level.next_norm(norm, self.within)
+        metrics: dict[str, Any] = {records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected}
+        losses = [_metric(answer, records.TRAIN_LOSS) for answer in answers]
+        weights = [_weight(answer) for answer in answers]
+        metrics[records.TRAIN_LOSS] = float(np.average(losses, weights=weights)) if losses else float("nan")
+        return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: MetricRecord(metrics)})
+
+    def _sum(self, answers: Sequence[RecordDict]) -> Vectors:
+        """Return the sum of w_k clip(update_k) by name, float64, over answers that may each speak for many clients."""
+        if answers:
+            self._names = tuple(next(iter(answers[0].array_records.values())))
+        names = self._names or tuple(self._sent)
+        total = {name: np.zeros(self._sent[name].shape) for name in names}
+        for answer in answers:
+            [arrays] = answer.array_records.values()
+            own = {name: to_numpy(arrays[name]).astype(np.float64) for name in names}
+            away = {name: value if "/" in name else value - self._sent[name] for name, value in own.items()}
+            weight, clients = _weight(answer), _clients(answer)
+            length = weight * float(np.sqrt(sum(float((value * value).sum()) for value in away.values())))
+            most = clients * self.clipping_norm
+            if clients == 1:
+                # A hostile client may not have clipped, nor weighed itself as it should.
+                weight *= min(1.0, most / max(length, 1e-300))
+            elif not length <= most * (1 + TOLERANCE):
+                raise RuntimeError(
+                    f"the updates of {clients} clients add up to a norm of {length:g}, more than {clients} times the "
+                    f"clipping norm {self.clipping_norm:g}: they were not clipped, and nothing is released"
+                )
+            for name in names:
+                total[name] += weight * away[name]
+        return total
+
+
+def _weight(answer: RecordDict) -> float:
+    return float(records.metrics_of(answer)[records.WEIGHT])
+
+
+def _within(answer: RecordDict) -> float:
+    """Return the sum over an answer's clients of 1/2 for those within the clipping norm and -1/2 for the others."""
+    half = _clients(answer) / 2
+    return min(max(_weight(answer) * _metric(answer, records.WITHIN), -half), half)
+
+
+def _metric(answer: RecordDict, name: str) -> float:
+    return float(records.metrics_of(answer)[name])
+
+
+def _clients(answer: RecordDict) -> int:
+    """Return for how many clients an answer of the local engine speaks."""
+    return len(answer.config_records[records.CLIENTS][records.CLIENT])  # type: ignore[arg-type]
+
+
+def _message(content: RecordDict) -> Message:
+    """Return the content as a reply, which nobody in particular sent."""
+    metadata = Metadata(1, "", 0, 0, "", "", time.time(), DEFAULT_TTL, "train")
+    return Message(metadata=metadata, content=content)  # type: ignore[call-overload]
