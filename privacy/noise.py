@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from typing import ClassVar, NoReturn, SupportsIndex
 
@@ -105,14 +106,17 @@ class Secret(Source):
 
     def _new_key(self) -> None:
         self._process = os.getpid()
+        # A thread that held the old lock may not exist in this process.
+        self._lock = threading.Lock()
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
 
     def _words(self, count: int) -> Tensor:
         if os.getpid() != self._process:
             self._new_key()
-        # A buffer of its own for each call, because threads may share the source; CTR asks for a block more.
+        # Threads may share the source, so each call has a buffer of its own. The cipher asks for a block more.
         words = np.empty(count + 2, dtype=np.int64)
-        self._stream.update_into(self._zeros[: 8 * count], words.data.cast("B"))
+        with self._lock:
+            self._stream.update_into(self._zeros[: 8 * count], words.data.cast("B"))
         return torch.from_numpy(words[:count])
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
