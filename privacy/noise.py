@@ -143,15 +143,17 @@ class Simulated(Source):
         return torch.from_numpy(self._bits.random_raw(count).view(np.int64))
 
 
-def noised(values: Tensor, deviation: float, source: Source) -> Tensor:
-    """Return values plus normal noise of this standard deviation, float32, added and rounded as explained above.
+def noised(values: Tensor, noise: Tensor, deviation: float) -> Tensor:
+    """Return values + deviation noise, float32, added and rounded as explained above.
 
-    A deviation of 0 changes nothing. Raises `InputError` if it is negative or not finite.
+    `noise` has a standard deviation of about 1 and must be float64, or its own steps would show. A deviation of 0
+    changes nothing. Raises `InputError` if it is negative or not finite, `TypeError` for noise of another dtype.
     """
     if not 0 <= deviation < math.inf:
         raise InputError(f"noise of standard deviation {deviation} does not exist; choose a finite number from 0 on.")
+    if noise.dtype != torch.float64:
+        raise TypeError(f"noise must be float64, not {noise.dtype}")
     if deviation == 0:
-        return values.clone()
+        return values.float()
     step = 2.0 ** (math.floor(math.log2(deviation)) - 20)
-    noise = source.normal(*values.shape, dtype=torch.float64).to(values.device)
-    return noise.mul_(deviation).add_(values).div_(step).round_().mul_(step).float()
+    return noise.mul(deviation).add_(values).div_(step).round_().mul_(step).float()

@@ -170,7 +170,7 @@ def test_noised_values_lie_on_one_grid_whatever_they_were() -> None:
         # Added in float32, bits finer than the steps of the larger term tell what the value was.
         steps = (values + source.normal(100_000)).double() * 2.0**25
         float32[value] = float((steps != steps.round()).double().mean())
-        released = noised(values, 3.0, source).double()
+        released = noised(values, source.normal(100_000, dtype=torch.float64), 3.0).double()
         assert torch.equal(released * 2.0**19, (released * 2.0**19).round())
         assert stats.kstest((released.numpy() - value) / 3, "norm").statistic < 3.3 / 100_000**0.5
     assert float32[0.0] > 0.1
@@ -179,10 +179,13 @@ def test_noised_values_lie_on_one_grid_whatever_they_were() -> None:
 
 def test_noise_of_no_deviation() -> None:
     values = torch.tensor([1.0, 1e-12])
-    assert noised(values, 0.0, Secret()).tolist() == values.tolist()
+    noise = Secret().normal(2, dtype=torch.float64)
+    assert noised(values, noise, 0.0).tolist() == values.tolist()
+    with pytest.raises(TypeError, match=r"noise must be float64, not torch.float32"):
+        noised(values, noise.float(), 1.0)
     for deviation in (-1.0, math.inf, math.nan):
         with pytest.raises(InputError, match="noise of standard deviation"):
-            noised(values, deviation, Secret())
+            noised(values, noise, deviation)
 
 
 def test_threads_that_share_a_source_do_not_share_numbers() -> None:
