@@ -17,10 +17,10 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from core import bundle, records
+from core import bundle, hadamard, records
 from core.config import RunConfig
 from core.records import Tensors
-from core.seeding import derive, rng
+from core.seeding import derive
 from core.training import LocalRound, LocalUpdate
 
 KINDS = {
@@ -120,7 +120,8 @@ def _encode(
         return {"places": places.int(), "values": flat.gather(1, places)}
     levels = _LEVELS[own.kind]
     if own.rotation:
-        flat, widths = _rotated(flat, config.seed, server_round), [_power_of_two(flat.shape[1])]
+        flat = hadamard.rotated(flat, _signs(flat.shape[1], config, server_round))
+        widths = [flat.shape[1]]
     parts = flat.split(widths, dim=1)
     scales = torch.stack([part.abs().amax(1) for part in parts], dim=1)
     steps = torch.cat([part / (s / levels).clamp_min(1e-30).unsqueeze(1) for part, s in _zip(parts, scales)], dim=1)
@@ -140,13 +141,13 @@ def _decode(arrays: Mapping[str, Tensor], config: RunConfig, widths: list[int], 
             raise ValueError(f"{tuple(values.shape[1:])} numbers were sent, not {wanted}")
         flat = values.new_zeros(len(values), size).scatter(1, arrays["places"].long(), values)
     else:
-        widths = [_power_of_two(size)] if own.rotation else widths
+        widths = [hadamard.power_of_two(size)] if own.rotation else widths
         codes = arrays["codes"] if own.kind == "int8" else _from_nibbles(arrays["codes"], sum(widths))
         parts = codes.float().split(widths, dim=1)
         whole = [part * (s / _LEVELS[own.kind]).unsqueeze(1) for part, s in _zip(parts, arrays["scales"])]
         flat = torch.cat(whole, dim=1)
         if own.rotation:
-            flat = _rotated_back(flat, config.seed, server_round, size)
+            flat = hadamard.rotated_back(flat, _signs(size, config, server_round), size)
     if flat.shape[1] != size:
         raise ValueError(f"an encoded update has {flat.shape[1]} numbers and the model {size}")
     return flat
@@ -171,37 +172,8 @@ def _from_nibbles(packed: Tensor, size: int) -> Tensor:
     return both[:, :size].to(torch.int8) - 8
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def _signs(size: int, seed: int, server_round: int) -> Tensor:
-    drawn = rng(seed, "rotation", server_round).integers(0, 2, size, dtype=np.int8)
-    return torch.from_numpy(drawn).float() * 2 - 1
-
-
-def _rotated(flat: Tensor, seed: int, server_round: int) -> Tensor:
-    """Return H D x of vectors x (C, n), filled up to a power of two: signs D, and the Hadamard transform H."""
-    size = _power_of_two(flat.shape[1])
-    filled = torch.nn.functional.pad(flat, (0, size - flat.shape[1]))
-    return _hadamard(filled * _signs(size, seed, server_round).to(flat.device))
-
-
-def _rotated_back(flat: Tensor, seed: int, server_round: int, size: int) -> Tensor:
-    # H is its own inverse, and so is D.
-    return (_hadamard(flat) * _signs(flat.shape[1], seed, server_round).to(flat.device))[:, :size]
-
-
-def _hadamard(x: Tensor) -> Tensor:
-    """Return the orthonormal Walsh-Hadamard transform of vectors (C, 2^k)."""
-    cohort, size = x.shape
-    step = 1
-    while step < size:
-        pairs = x.view(cohort, -1, 2, step)
-        a, b = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack([a + b, a - b], dim=2).view(cohort, size)
-        step *= 2
-    return x / math.sqrt(size)
+def _signs(size: int, config: RunConfig, server_round: int) -> Tensor:
+    return hadamard.signs(hadamard.power_of_two(size), config.seed, "rotation", server_round)
 
 
 def _widths(shapes: Mapping[str, torch.Size]) -> list[int]:

@@ -1,28 +1,29 @@
 """Where the noise of differential privacy comes from, and the coin flips of sampling: a cryptographic generator, or,
 for runs that must repeat, a seed.
 
-Words of 64 bits become normals by Box and Muller (1958) in float64, sqrt(-2 ln u) cos(2 pi v) and its sine, u and v of
-63 bits. Normals reach 9.3 and take up to 2^126 values: with uniforms of 32 bits they would end at 6.7, and of 10^6
-coordinates one in 50,000 draws would have had one beyond it, which is no longer below delta.
+Words of 64 bits become normals by Box and Muller (1958) in float64: sqrt(-2 ln u) cos(2 pi v) and its sine, u and v of
+63 and 64 bits. They reach 9.3 standard deviations. With uniforms of 32 bits they would end at 6.7, which one vector of
+10^6 true normals in 37,000 does not: more than a delta of 1e-5 allows.
 
 What that defends against. Mironov (CCS 2012): only some floating-point numbers come out of a sampler, so which bits
 the released number has tells what was added to the noise. Holohan and Braghin (ESORICS 2021): from a normal in full
 precision the uniforms, and so the next normals, can be found. Haney et al. (2022): a sum is rounded to the steps of its
-larger term, so a number near zero with finer steps than that cannot have come from a large value. A float32 sum plus
-float32 noise has the last of these in full: rounding the sum hides nothing where it cancels. `noised` adds in float64
-and rounds to multiples of 2^-20 of the standard deviation: every multiple is reached from every value by at least 2^30
-of the generator's floats (within 4 standard deviations), and which one says nothing about the words drawn.
+larger term, so a number near zero with finer steps than that cannot have come from a large value. Adding float32 noise
+to a float32 sum has the last of these in full: the rounding hides nothing where the two cancel. `noised` therefore adds
+in float64 and rounds to multiples of about 2^-20 standard deviations: every multiple within reach comes out of every
+value in some 2^30 ways, and says nothing about the words drawn.
 
-What it does not defend against. Floating-point sums of many updates are not exactly of the sensitivity that real ones
-have (Casacuberta et al., CCS 2022: off by about n 2^-24 of the norm for n float32 terms); `privacy.skellam` sums
-integers. How long drawing takes is not constant. Whoever reads the process's memory, or restores a snapshot of it,
-knows its noise; a key is never written anywhere, and not used again after a fork.
+What it does not defend against. Floating-point sums of many updates do not have exactly the sensitivity that real ones
+have (Casacuberta et al., CCS 2022; about n 2^-24 of the norm for n float32 terms): `privacy.skellam` sums integers. How
+long drawing takes is not constant. Whoever reads the process's memory, or restores a snapshot of it, knows its noise; a
+key is written nowhere.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from typing import ClassVar, NoReturn, SupportsIndex
 
@@ -51,15 +52,15 @@ class Source(ABC):
 
     @abstractmethod
     def _words(self, count: int) -> Tensor:
-        """Return `count` <= _CHUNK words, (count,) int64 of 64 random bits, which hold until the next call."""
+        """Return `count` <= _CHUNK words of 64 random bits, (count,) int64."""
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return standard normal numbers of this shape, computed in float64 and rounded to `dtype`."""
         out = torch.empty(math.prod(shape), dtype=dtype)
         for part in out.split(_CHUNK):
             half = (len(part) + 1) // 2
-            first, second = self._words(2 * half).split(half)
-            # u in (0, 1] and an angle in [-pi, pi): words of any sign are angles, and 63 bits of them a radius.
+            first, second = self._words(2 * half).view(2, half)
+            # u in (0, 1], and signed words are angles in [-pi, pi].
             radius = (first & _POSITIVE).double().add_(1).mul_(2.0**-63).log_().mul_(-2).sqrt_()
             angle = second.double().mul_(math.pi * 2.0**-63)
             part[:half] = radius * angle.cos()
@@ -88,16 +89,15 @@ class Source(ABC):
 class Secret(Source):
     """The keystream of AES-256 in counter mode under a key from the operating system, which this process alone knows.
 
-    Of b blocks of 16 bytes an unlimited adversary gains b^2 / 2^129 at most: 2^-65 after 4 billion numbers. A child
-    process draws under a key of its own, and the object cannot be copied or pickled: both would repeat its numbers.
+    As long as AES is a random permutation, b blocks of 16 bytes differ from random ones with an advantage of at most
+    b^2 / 2^129: 2^-67 after 4 billion numbers. A child process draws under a key of its own, and the object cannot be
+    copied or pickled: both would repeat its numbers.
     """
 
     guaranteed = True
 
     def __init__(self) -> None:
-        self._zeros = bytes(8 * _CHUNK)
-        self._buffer = bytearray(8 * _CHUNK + algorithms.AES.block_size // 8 - 1)
-        self._view = torch.from_numpy(np.frombuffer(self._buffer, dtype=np.int64, count=_CHUNK))
+        self._zeros = memoryview(bytes(8 * _CHUNK))
         self._new_key()
 
     def at(self, *path: int | str) -> Source:
@@ -106,13 +106,18 @@ class Secret(Source):
 
     def _new_key(self) -> None:
         self._process = os.getpid()
+        # A thread that held the old lock may not exist in this process.
+        self._lock = threading.Lock()
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
 
     def _words(self, count: int) -> Tensor:
         if os.getpid() != self._process:
             self._new_key()
-        self._stream.update_into(memoryview(self._zeros)[: 8 * count], self._buffer)
-        return self._view[:count]
+        # Threads may share the source, so each call has a buffer of its own. The cipher asks for a block more.
+        words = np.empty(count + 2, dtype=np.int64)
+        with self._lock:
+            self._stream.update_into(self._zeros[: 8 * count], words.data.cast("B"))
+        return torch.from_numpy(words[:count])
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError("a secret source of noise cannot be copied or pickled: its numbers would be drawn twice")
@@ -138,19 +143,20 @@ class Simulated(Source):
         return torch.from_numpy(self._bits.random_raw(count).view(np.int64))
 
 
-def noised(values: Tensor, deviation: float, source: Source) -> Tensor:
-    """Return values plus normal noise of this standard deviation, float32, added and rounded as explained above.
+def noised(values: Tensor, noise: Tensor, deviation: float) -> Tensor:
+    """Return values + deviation noise, float32, added and rounded as explained above.
 
-    The result lies on multiples of 2^-20 deviation (to a power of two), and no deviation of 0 is special: it adds
-    nothing. Raises `InputError` if `deviation` is negative or not finite.
+    `noise` has a standard deviation of about 1 and must be float64, or its own steps would show. A deviation of 0
+    changes nothing. Raises `InputError` if it is negative or not finite, `TypeError` for noise of another dtype.
     """
     if not 0 <= deviation < math.inf:
         raise InputError(f"noise of standard deviation {deviation} does not exist; choose a finite number from 0 on.")
+    if noise.dtype != torch.float64:
+        raise TypeError(f"noise must be float64, not {noise.dtype}")
     if deviation == 0:
-        return values.clone()
+        return values.float()
     step = 2.0 ** (math.floor(math.log2(deviation)) - 20)
-    noise = source.normal(*values.shape, dtype=torch.float64).to(values.device)
-    return noise.mul_(deviation).add_(values).div_(step).round_().mul_(step).float()
+    return noise.mul(deviation).add_(values).div_(step).round_().mul_(step).float()
 
 
 def source(seed: int) -> Source:
