@@ -149,23 +149,30 @@ class Ledger:
     file: Path | None = None
     spent: dict[int, Counter[Event]] = field(default_factory=dict)
     """By owner."""
+    _rounds: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.file is not None and self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                for owner, rate, noise_multiplier, count in json.loads(line)["events"]:
+            for row in map(json.loads, self.file.read_text(encoding="utf-8").splitlines()):
+                self._rounds.add(row["round"])
+                for owner, rate, noise_multiplier, count in row["events"]:
                     self._add(owner, Event(rate, noise_multiplier), count)
 
     def spend(self, server_round: int, events: Iterable[tuple[int, Event, int]]) -> None:
         """Record a round's events: (owner, event, how often)."""
         events = list(events)
+        self._rounds.add(server_round)
         for owner, event, count in events:
             self._add(owner, event, count)
-        if self.file is not None and events:
+        if self.file is not None:
             rows = [[owner, event.rate, event.noise_multiplier, count] for owner, event, count in events]
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": server_round, "events": rows}) + "\n")
                 file.flush()
+
+    def knows(self, server_round: int) -> bool:
+        """Return whether the round has cost something before: it is being repeated."""
+        return server_round in self._rounds
 
     def _add(self, owner: int, event: Event, count: int) -> None:
         self.spent.setdefault(owner, Counter())[event] += count

@@ -26,6 +26,7 @@ from core.config import RunConfig
 from core.records import Tensors
 from core.training import LocalRound, LocalUpdate
 from privacy.accounting import EVERYBODY, Event, calibrate
+from privacy.banded import BandedNoise
 from privacy.noise import Source, noised
 
 # Andrew et al., section 3: the noise of the count is a twentieth of the expected count.
@@ -51,10 +52,13 @@ class ClientLevel:
         own = config.privacy
         rate = config.count(config.sampled) / config.clients
         z = own.noise_multiplier
-        if not z:
-            times = planned(config.rounds, rate) if own.noise == "local" else config.rounds
-            z = calibrate(1.0 if own.noise == "local" else rate, times, own.epsilon, own.delta)
-            z *= 2.0 if own.noise == "local" else 1.0
+        if not z and own.noise == "local":
+            z = 2 * calibrate(1.0, planned(config.rounds, rate), own.epsilon, own.delta)
+        elif not z and own.mechanism == "banded":
+            b = bands(config)
+            z = calibrate(1.0, math.ceil(config.rounds / b), own.epsilon, own.delta) * BandedNoise(b).sensitivity(1)
+        elif not z:
+            z = calibrate(rate, config.rounds, own.epsilon, own.delta)
         return ClientLevel(config, rate, z)
 
     @property
@@ -85,12 +89,26 @@ class ClientLevel:
             return self.noise_multiplier
         return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
 
-    def round_events(self, clients: Sequence[int]) -> Iterator[tuple[int, Event, int]]:
-        """Yield what a round costs in which these clients answered: for all alike, or for each of them."""
-        if self.config.privacy.noise == "local":
-            yield from ((client, local_event(self.noise_multiplier), 1) for client in clients)
-        else:
+    @property
+    def banded(self) -> bool:
+        """Return whether the noise of a round takes part of earlier rounds' away again."""
+        return self.config.privacy.mechanism == "banded"
+
+    @property
+    def bands(self) -> int:
+        """Return b, the rounds in which every client takes part once (sampling.kind=cyclic)."""
+        return bands(self.config)
+
+    def costs(self, server_round: int, *, repeated: bool = False) -> Iterator[tuple[int, Event, int]]:
+        """Yield what the server's noise in a round costs, for all clients alike.
+
+        Of banded noise a whole cycle is one event, at its first round; who takes part again in a `repeated` round
+        spends another.
+        """
+        if not self.banded:
             yield EVERYBODY, Event(self.rate, self.noise_multiplier), 1
+        elif repeated or (server_round - 1) % self.bands == 0:
+            yield EVERYBODY, banded_event(self.noise_multiplier, self.bands), 1
 
     def next_norm(self, norm: float, within: float) -> float:
         """Return the next clipping norm from the noisy share of updates within this one: S exp(-eta (b - gamma))."""
@@ -98,6 +116,16 @@ class ClientLevel:
         exponent = -own.clipping_rate * (within - own.clipping_quantile)
         # Noise on a count of few clients may be many times it: one round moves the norm by this much at most.
         return norm * math.exp(min(max(exponent, -MOST_EXPONENT), MOST_EXPONENT))
+
+
+def bands(config: RunConfig) -> int:
+    """Return in how many rounds clients that take turns have all had theirs."""
+    return math.ceil(config.clients / config.count(config.sampled))
+
+
+def banded_event(noise_multiplier: float, count: int) -> Event:
+    """Return the event of a client's one participation under noise of `count` bands."""
+    return Event(1.0, noise_multiplier / BandedNoise(count).sensitivity(1))
 
 
 def local_event(noise_multiplier: float) -> Event:
@@ -141,7 +169,12 @@ def with_noise(update: LocalUpdate, r: LocalRound, noise_multiplier: float, sour
 
     def noisy(tensors: Tensors) -> Tensors:
         return {
-            name: torch.stack([noised(own, deviation, source) for own, source in zip(t, sources, strict=True)])
+            name: torch.stack(
+                [
+                    noised(own, source.normal(*own.shape, dtype=torch.float64).to(own.device), deviation)
+                    for own, source in zip(t, sources, strict=True)
+                ]
+            )
             for name, t in tensors.items()
         }
 

@@ -62,5 +62,6 @@ class PrivateSteps:
             for i, (z, expected, source) in enumerate(
                 zip(self.noise_multipliers, self.expected, self.sources, strict=True)
             ):
-                out[name][i] = noised(total[i], z * self.clipping_norm, source) / expected
+                noise = source.normal(*total[i].shape, dtype=torch.float64).to(total.device)
+                out[name][i] = noised(total[i], noise, z * self.clipping_norm) / expected
         return out

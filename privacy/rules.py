@@ -17,7 +17,7 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
 from privacy.accounting import epsilon
-from privacy.client_level import ClientLevel
+from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 
 
@@ -163,7 +163,10 @@ def _affordable(config: RunConfig, subject: Subject) -> None:
     if not own.epsilon:
         return
     if own.level == "client":
-        costs = [{event: count} for _, event, count in ClientLevel.of(config).round_events([0])]
+        found = ClientLevel.of(config)
+        costs = [{event: count} for _, event, count in found.costs(1)]
+        if own.noise == "local":
+            costs = [{local_event(found.noise_multiplier): 1}]
     else:
         costs = ExampleLevel(config).round_costs(subject.sizes)
     least = min(epsilon(cost, own.delta) for cost in costs)

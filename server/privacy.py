@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
-from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon
-from privacy.client_level import ClientLevel
+from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent
+from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
+from server.observe import ObservedGrid
 from server.private_sum import PrivateSum
 from tasks.base import Task
 
@@ -69,16 +71,23 @@ class Privacy:
                 row["within_clipping_norm"] = self._sum.within
         return {"privacy": row}
 
-    def spent(self) -> str:
-        """Return why no further round may begin; empty while one may.
+    def spent(self, server_round: int) -> str:
+        """Return why this round may not begin; empty where it may.
 
         Where clients have budgets of their own each refuses for itself, and the run ends when nobody is left.
         """
         own, spent = self._own, self.ledger.spent
         if own.level == "none" or not own.epsilon:
             return ""
-        if self._level is not None:
-            costs = {owner: {event: count} for owner, event, count in self._level.round_events(range(len(self._sizes)))}
+        costs: dict[int, Mapping[Event, int]] = {}
+        if self._level is not None and self._sum is not None:
+            again = self.ledger.knows(server_round)
+            costs = {o: {event: count} for o, event, count in self._level.costs(server_round, repeated=again)}
+            if not costs:
+                return ""
+        elif self._level is not None:
+            each = {local_event(self._level.noise_multiplier): 1}
+            costs = {client: each for client in range(len(self._sizes))}
         else:
             level = ExampleLevel(self._config)
             by_size = {size: level.cost(size) for size in set(self._sizes.tolist()) if size}
@@ -115,7 +124,13 @@ class Privacy:
         """Return what a checkpoint keeps beside the ledger's own file."""
         return self._sum.state() if self._sum is not None else {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state` returned."""
+    def restore(self, state: Mapping[str, Any], grid: ObservedGrid) -> None:
+        """Remember what `state` returned, and let clients know what the ledger says that they have spent.
+
+        What they did after the checkpoint they have forgotten, and it has cost all the same.
+        """
         if self._sum is not None:
             self._sum.restore(state)
+        for node in grid.get_node_ids() if grid.numbered else ():
+            if spent := self.ledger.spent.get(grid.client_of(node)):
+                keep_spent(grid.client_states.setdefault(node, RecordDict()), spent)

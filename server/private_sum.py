@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from core import bundle, records
 from core.records import to_arrays, to_numpy
 from privacy.accounting import Ledger
+from privacy.banded import BandedNoise
 from privacy.client_level import ClientLevel
 from privacy.noise import Source, noised
 
@@ -40,6 +41,9 @@ class PrivateSum:
         """Of the last round."""
         self.within: float | None = None
         """Noisy share of the last round's updates that were no longer than its clipping norm."""
+        self._banded = BandedNoise(level.bands) if level.banded else None
+        self._drawn = 0
+        """Rounds whose noise the banded one knows of."""
         self._sent: Vectors = {}
         self._names: tuple[str, ...] = ()
 
@@ -62,7 +66,10 @@ class PrivateSum:
         strategy.aggregate_train = aggregate  # type: ignore[method-assign]
 
     def state(self) -> dict[str, Any]:
-        """Return what the next round needs of this one."""
+        """Return what the next round needs of this one: not the banded noise, which must never be read by anybody.
+
+        Going on with new bands costs nothing more: what clients do in different rounds stays apart.
+        """
         return {"clipping_norm": self.clipping_norm, "names": list(self._names)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -72,24 +79,39 @@ class PrivateSum:
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
         total = self._sum(answers)
-        self._ledger.spend(server_round, self._level.round_events([]))
-        noise, norm = self._noise.at("sum", server_round), self.clipping_norm
-        deviation, expected = self._level.sum_multiplier * norm, self._level.expected
-        mean: Vectors = {}
-        for name, values in total.items():
-            noisy = noised(torch.from_numpy(values), deviation, noise).numpy()
-            mean[name] = ((0.0 if "/" in name else self._sent[name]) + noisy / expected).astype(np.float32)
+        self._ledger.spend(server_round, self._level.costs(server_round, repeated=self._ledger.knows(server_round)))
+        norm, expected = self.clipping_norm, self._level.expected
+        flat = np.concatenate([values.ravel() for values in total.values()])
+        noise = self._normal(server_round, len(flat))
+        noisy = noised(torch.from_numpy(flat), noise, self._level.sum_multiplier * norm).numpy() / expected
+        parts = np.split(noisy, np.cumsum([values.size for values in total.values()])[:-1])
+        mean: Vectors = {
+            name: ((0.0 if "/" in name else self._sent[name]) + part.reshape(values.shape)).astype(np.float32)
+            for (name, values), part in zip(total.items(), parts, strict=True)
+        }
         self.used_norm = norm
         if self._level.adaptive:
-            count = sum(_within(answer) for answer in answers)
-            noisy_count = float(noised(torch.tensor([count]), self._level.count_noise, noise))
-            self.within = noisy_count / expected + 0.5
+            count = torch.tensor([sum(map(_within, answers))], dtype=torch.float64)
+            noise = self._noise.at("count", server_round).normal(1, dtype=torch.float64)
+            self.within = float(noised(count, noise, self._level.count_noise)) / expected + 0.5
             self.clipping_norm = self._level.next_norm(norm, self.within)
         metrics: dict[str, Any] = {records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected}
         losses = [_metric(answer, records.TRAIN_LOSS) for answer in answers]
         weights = [_weight(answer) for answer in answers]
         metrics[records.TRAIN_LOSS] = float(np.average(losses, weights=weights)) if losses else float("nan")
         return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: MetricRecord(metrics)})
+
+    def _normal(self, server_round: int, size: int) -> torch.Tensor:
+        """Return the round's noise, (size,) float64 of standard deviation 1, or the row that bands make of it."""
+        drawn = self._noise.at("sum", server_round).normal(size, dtype=torch.float64)
+        if self._banded is None:
+            return drawn
+        if not self._noise.guaranteed:
+            # A run that repeats draws again what an interruption made it forget.
+            for earlier in range(self._drawn + 1, server_round):
+                self._banded.noise(self._noise.at("sum", earlier).normal(size, dtype=torch.float64))
+        self._drawn = server_round
+        return self._banded.noise(drawn)
 
     def _sum(self, answers: Sequence[RecordDict]) -> Vectors:
         """Return the sum of w_k clip(update_k) by name, float64, over answers that may each speak for many clients."""

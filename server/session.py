@@ -80,7 +80,7 @@ class Session:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
-        if reason := self.privacy.spent():
+        if reason := self.privacy.spent(self.done + 1):
             self.stopped_by = reason
             return
         # Elsewhere than in the engine every client answers for itself, and its update travels as it is encoded.
@@ -227,7 +227,7 @@ class Session:
         if self.on_round is not None:
             self.stopped_by = self.on_round(row) or ""
         if not self.stopped_by and number < self.config.rounds:
-            self.stopped_by = self.privacy.spent()
+            self.stopped_by = self.privacy.spent(number + 1)
         if self.stopped_by or (due and self._should_stop()):
             raise _StopEarly
         seed_globals(self.config.seed, "round", self.done + 1)
@@ -314,5 +314,5 @@ class Session:
         self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
-        self.privacy.restore(progress["privacy"])
         self.grid.client_states.update(saved.client_states)
+        self.privacy.restore(progress["privacy"], self.grid)
