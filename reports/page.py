@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reports import answers, cost, markup, provenance, sections
+from reports import answers, cost, markup, protection, provenance, sections
 from reports.load import RunData, load
 from reports.markup import Html, Section, element
 from reports.words import plural
@@ -17,6 +17,7 @@ SECTIONS: list[Callable[[RunData], Section | None]] = [
     sections.federation,
     sections.clients,
     sections.differences,
+    protection.section,
     answers.malicious,
     cost.speed,
     answers.uncounted,

@@ -1,18 +1,32 @@
-"""What a run's privacy is worth, in words: the terminal and the page say the same."""
+"""What a run's differential privacy is worth: the words of the terminal and the page, and the page's section."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reports.words import rate
+from reports import look, markup
+from reports.load import RunData
+from reports.markup import NO_HTML, Html, Section, cell, element, figure, join, key, paragraph, tile
+from reports.words import NOTHING, finite, number, plural, rate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 SIMULATED = "simulated noise: not a guarantee"
-WHOM = {"example": "each example of a client", "client": "a client whole"}
+WHOM = {
+    "example": "Whoever sees the models of a client cannot tell whether any one of its examples was there",
+    "client": "Whoever sees the models cannot tell whether any one client took part at all",
+}
+WHO = {
+    "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
+    "local": "every client adds noise to its own update before it leaves",
+}
+HEIGHT = 240
 
 
 def bound(privacy: Mapping[str, Any]) -> str:
-    """Return epsilon with its delta and level, and whether it is one."""
+    """Return epsilon with its delta and level, and whether it is a guarantee."""
     said = f"epsilon {rate(privacy['epsilon'])} at delta {privacy['delta']:g}, {privacy['level']} level"
     return f"{said} ({SIMULATED})" if privacy.get("simulated") else said
 
@@ -26,3 +40,84 @@ def lines(privacy: Mapping[str, Any]) -> Iterator[str]:
     yield f"Privacy: {bound(privacy)}{worst}, by {privacy['accountant']}."
     if privacy["not_covered"]:
         yield f"Not covered: {'; '.join(privacy['not_covered'])}."
+
+
+def headline(summary: Mapping[str, Any]) -> Html:
+    """Return the privacy tile. Without protection it says so: silence would read as protection."""
+    privacy, masked = summary.get("privacy") or {}, summary.get("secure_aggregation")
+    level = privacy.get("level", "none")
+    masks = f"updates masked by {masked.get('protocol', 'secure aggregation')}" if masked else ""
+    if level == "none":
+        return tile("Privacy", "none", masks + ", no noise" if masks else "updates leave clients in clear")
+    delta = finite(privacy.get("delta"))
+    said = f"{level} level, δ = {NOTHING if delta is None else format(delta, 'g')}"
+    if privacy.get("accountant"):
+        said += f" ({privacy['accountant']})"
+    simulated = SIMULATED if privacy.get("simulated") else ""
+    return tile("Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (said, simulated, masks)))
+
+
+def section(run: RunData) -> Section | None:
+    """Return what is hidden how well, what it cost round by round, and what no epsilon covers; None without privacy."""
+    privacy = run.summary.get("privacy") or {}
+    if privacy.get("level", "none") == "none":
+        return None
+    parts = [paragraph(f"{WHOM[privacy['level']]}: {bound(privacy)}.")]
+    if privacy.get("simulated"):
+        said = f"Noise and samples are those of privacy.noise-seed={run.config.get('privacy.noise-seed')}: "
+        said += "whoever knows it can take the noise away again. Such a run is for experiments."
+        parts.append(element("p", said, class_="banner interrupted"))
+    chart = _spending(run)
+    if chart is not None:
+        marks = [("line", look.FEDERATED, "epsilon spent so far")]
+        if run.config.get("privacy.epsilon"):
+            marks.append(("dash", look.GREY, "budget"))
+        parts.append(figure(chart, "Epsilon by round", key(marks)))
+    parts += [_mechanism(run, privacy), _each(privacy)]
+    parts.append(paragraph("Epsilon says nothing about:"))
+    parts.append(element("ul", *(element("li", phrase) for phrase in privacy.get("not_covered") or ())))
+    return Section("privacy", "Privacy", join(parts))
+
+
+def _spending(run: RunData) -> go.Figure | None:
+    rows = [(row["round"], finite((row.get("privacy") or {}).get("epsilon"))) for row in run.rounds]
+    if not any(value is not None for _, value in rows):
+        return None
+    rounds, values = [number for number, _ in rows], [value for _, value in rows]
+    traces = [look.line(rounds, values, "epsilon", look.FEDERATED, hovertemplate="round %{x}: %{y:.3f}<extra></extra>")]
+    if budget := finite(run.config.get("privacy.epsilon")):
+        ends = [rounds[0], rounds[-1]]
+        traces.append(look.line(ends, [budget, budget], "budget", look.GREY, dash="dash", width=1.6, hoverinfo="skip"))
+    y = {"title": {"text": "epsilon"}, "rangemode": "tozero"}
+    return look.figure(traces, look.round_axis(len(run.rounds)), y, height=HEIGHT)
+
+
+def _mechanism(run: RunData, privacy: Mapping[str, Any]) -> Html:
+    norms = [row["privacy"]["clipping_norm"] for row in run.rounds if "clipping_norm" in (row.get("privacy") or {})]
+    norm = number(privacy.get("clipping_norm"))
+    if run.config.get("privacy.clipping") == "adaptive" and norms:
+        norm = f"{number(norms[0])} to {number(norms[-1])}, following a quantile of the updates"
+    z = finite(privacy.get("noise_multiplier"))
+    q = finite(privacy.get("sampling_rate"))
+    rows: list[tuple[str, object]] = [
+        ("Noise", WHO.get(str(privacy.get("noise")), "every client adds noise to each of its steps")),
+        ("Clipping norm", norm),
+        ("Noise multiplier", "each client's own, by its budget" if z is None else number(z, 4)),
+        *([("Sampling rate of clients", number(q, 4))] if q is not None else []),
+        ("Neighbours", f"{privacy.get('neighbours')} one {privacy['level']}"),
+        ("Accountant", str(privacy.get("accountant"))),
+    ]
+    return markup.table(["Mechanism", ""], [(name, cell(value, "text wide")) for name, value in rows], text=2)
+
+
+def _each(privacy: Mapping[str, Any]) -> Html:
+    """Return every client's own epsilon, the worst first; nothing where one event protects all alike."""
+    each = privacy.get("clients") or {}
+    if not each:
+        return NO_HTML
+    worst = sorted(each.items(), key=lambda item: -(finite(item[1]) or float("inf")))
+    rows = [(f"client {client}", number(value)) for client, value in worst]
+    caption = paragraph(
+        f"{plural(len(rows), 'client')} with a ledger of its own each; the run is as private as the worst."
+    )
+    return join([caption, markup.table(["Client", "Epsilon"], rows)])

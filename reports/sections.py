@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from reports import heterogeneity, look, markup, plots
+from reports import heterogeneity, look, markup, plots, protection
 from reports.heterogeneity import Counts
 from reports.load import RunData, nested
 from reports.markup import NO_HTML, Cell, Html, Section, cell, element, figure, join, key, paragraph, tile
@@ -38,7 +38,7 @@ def headline(run: RunData) -> Html:
         tile("Clients per second", rate(summary.get("clients_per_second")), "trained, all rounds"),
         tile("Time", duration(summary.get("seconds")), plural(int(summary.get("rounds") or 0), "round")),
         tile("Traffic", size(total), f"{size(down)} to clients, {size(up)} back"),
-        _privacy(summary),
+        protection.headline(summary),
     ]
     if (virtual := finite(summary.get("virtual_seconds"))) is not None:
         cost.insert(2, tile("Virtual time", duration(virtual), "on the clients' devices"))
@@ -186,20 +186,6 @@ def _of_clients(run: RunData, name: str) -> list[str]:
     said = f"mean {number(mean)}, worst {number(worst)}{few}"
     # A headline that mixes two models says which is which.
     return ["global model", f"clients' own models: {said}"] if run.personal else [f"clients: {said}"]
-
-
-def _privacy(summary: Mapping[str, Any]) -> Html:
-    """Return the privacy tile. Without protection it says so: silence would read as protection."""
-    privacy, masked = summary.get("privacy") or {}, summary.get("secure_aggregation")
-    level = privacy.get("level", "none")
-    masks = f"updates masked by {masked.get('protocol', 'secure aggregation')}" if masked else ""
-    if level == "none":
-        return tile("Privacy", "none", masks + ", no noise" if masks else "updates leave clients in clear")
-    delta = finite(privacy.get("delta"))
-    bound = f"{level} level, δ = {NOTHING if delta is None else format(delta, 'g')}"
-    if privacy.get("accountant"):
-        bound += f" ({privacy['accountant']})"
-    return tile("Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (bound, masks)))
 
 
 def _which_model(run: RunData) -> Html:

@@ -87,7 +87,7 @@ class Privacy:
                 return ""
         elif self._level is not None:
             each = {local_event(self._level.noise_multiplier): 1}
-            costs = {client: each for client in range(len(self._sizes))}
+            costs = dict.fromkeys(range(len(self._sizes)), each)
         else:
             level = ExampleLevel(self._config)
             by_size = {size: level.cost(size) for size in set(self._sizes.tolist()) if size}

@@ -93,7 +93,6 @@ def test_every_client_has_a_ledger_and_the_run_is_as_private_as_the_worst(privat
         steps = 3 * 2 * -(-n // 16)
         assert said["clients"][str(client)] == pytest.approx(epsilon({Event(min(1.0, 16 / n), 2.0): steps}, 1e-5))
     assert said["epsilon"] == max(said["clients"].values())
-    assert max(said["clients"], key=said["clients"].__getitem__) == str(int(np.argmin(sizes)))
 
 
 def test_of_a_budget_every_client_makes_noise_of_its_own(private: Callable[..., RunConfig]) -> None:

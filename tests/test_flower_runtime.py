@@ -74,8 +74,26 @@ def _processes_naming(text: str) -> list[int]:
         {"strategy": "scaffold", "compression.kind": "int8", "devices.kind": "lognormal", "faults.dropout": 0.2},
         # Models that never leave, and a hostile answer that the server must refuse.
         {"strategy": "ditto", "attack.kind": "non-finite", "attack.fraction": 0.1},
+        # Noise of the server on the sum of those that its secret draw chose.
+        {
+            "strategy": "scaffold",
+            "sampled": 5,
+            "privacy.level": "client",
+            "privacy.epsilon": 20.0,
+            "privacy.delta": 1e-3,
+            "privacy.noise-seed": 1,
+            "privacy.clipping": "adaptive",
+        },
+        # Private steps, and budgets that the clients keep themselves.
+        {
+            "strategy": "fedprox",
+            "privacy.level": "example",
+            "privacy.epsilon": 8.0,
+            "privacy.noise-seed": 1,
+            "server-examples": 50,
+        },
     ],
-    ids=["fedavg", "scaffold", "ditto"],
+    ids=["fedavg", "scaffold", "ditto", "client-level", "example-level"],
 )
 def test_flwr_run_completes_and_its_rounds_equal_the_local_engines(
     own: dict[str, Any], flower_home: dict[str, str], tmp_path: Path
@@ -99,6 +117,7 @@ def test_flwr_run_completes_and_its_rounds_equal_the_local_engines(
             assert _printed(ours[kind]) == _printed(theirs[kind])
         for key in ("uplink_bytes", "lost", "rejected"):
             assert ours[key] == theirs[key]
+        assert ours.get("privacy", {}).get("epsilon") == theirs.get("privacy", {}).get("epsilon")
         assert ours.get("virtual_seconds") == pytest.approx(theirs.get("virtual_seconds"))
         assert _printed(ours["clients"]["accuracy"]) == _printed(theirs["clients"]["accuracy"])
 

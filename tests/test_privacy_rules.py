@@ -1,0 +1,131 @@
+"""What a private run refuses, in one sentence with a remedy, and what it says that epsilon does not cover."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from core.config import RunConfig
+from core.errors import InputError
+from privacy.rules import uncovered
+from reports.protection import lines
+from server.build import check
+from simulations.run import preset
+from tasks.medical import Medical
+
+CLIENT = {"privacy__level": "client", "privacy__epsilon": 8.0, "privacy__delta": 1e-3}
+EXAMPLE = {"privacy__level": "example", "privacy__epsilon": 8.0, "server_examples": 60}
+
+
+class Normalised(Medical):
+    """The medical task with a model that keeps running statistics."""
+
+    def model(self) -> nn.Module:
+        """Return a network with batch normalisation."""
+        return nn.Sequential(nn.Linear(30, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+class Mixing(Medical):
+    """The medical task with a model whose examples look at each other."""
+
+    def model(self) -> nn.Module:
+        """Return a network that subtracts the batch's mean."""
+        return nn.Sequential(Centred(), nn.Linear(30, 1), nn.Flatten(0))
+
+
+class Centred(nn.Module):
+    """x minus its mean over the batch."""
+
+    def forward(self, x: Any) -> Any:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"privacy__epsilon": 4.0}, r"privacy.epsilon=4.0 protects nobody with privacy.level=none; set privacy.level="),
+        ({"privacy__level": "client"}, "has no noise; set privacy.epsilon"),
+        ({**CLIENT, "strategy": "krum", "clients": 8}, "krum needs every update.*choose privacy.noise=local"),
+        ({**CLIENT, "strategy": "fedbuff", "devices__kind": "lognormal", "sampling__kind": "uniform"}, "fedbuff needs every"),
+        ({**CLIENT, "sampled": 2, "sampling__kind": "uniform"}, "set it"),
+        ({**CLIENT, "sampling__kind": "oort"}, "chooses clients by their losses, which no epsilon covers"),
+        ({**CLIENT, "sampling__over_selection": 1.5, "devices__kind": "lognormal"}, "who else is slow; set 1"),
+        ({**CLIENT, "privacy__noise": "distributed"}, "inside secure aggregation.*=central or local"),
+        ({**CLIENT, "privacy__noise": "local", "privacy__clipping": "adaptive"}, "privacy.clipping=adaptive is for"),
+        ({**CLIENT, "privacy__noise": "local", "privacy__mechanism": "banded"}, "privacy.mechanism=banded is for"),
+        ({**CLIENT, "privacy__mechanism": "banded", "privacy__clipping": "adaptive"}, "privacy.clipping=fixed"),
+        ({**CLIENT, "privacy__mechanism": "banded", "sampled": 2, "sampling__kind": "poisson"}, "sampling.kind=cyclic"),
+        ({**CLIENT, "privacy__delta": 0.5}, "privacy.delta=0.5 with 4 clients allows to publish one of them whole"),
+        ({**CLIENT, "standardise": "federated"}, "sums over all clients' examples, which epsilon does not cover"),
+        ({**CLIENT, "strategy": "fednova"}, "set local-steps"),
+        ({**CLIENT, "task": "test_privacy_rules:Normalised"}, r"running statistics \(1.running_mean\).*GroupNorm"),
+        ({**CLIENT, "privacy__noise_multiplier": 0.3, "privacy__epsilon": 1.0}, "in one round, more than the budget"),
+        ({**EXAMPLE, "server_examples": 0}, "sums over all clients' examples.*standardise=server.*=uncovered"),
+        ({**EXAMPLE, "standardise": "local"}, "each client's own means, which epsilon does not cover"),
+        ({**EXAMPLE, "strategy": "mimelite"}, "otherwise than in gradient steps"),
+        ({**EXAMPLE, "strategy": "qfedavg"}, "otherwise than in gradient steps"),
+        ({**EXAMPLE, "privacy__noise": "local"}, "privacy.noise=local is for privacy.level=client"),
+        ({**EXAMPLE, "privacy__weight_cap": 5}, "privacy.weight-cap=5 is for privacy.level=client"),
+        ({**EXAMPLE, "privacy__delta": 0.1}, "examples of the largest client allows to publish"),
+        ({**EXAMPLE, "engine__precision": "bf16"}, "clipped in float32"),
+        ({**EXAMPLE, "engine__compile": True}, "set false"),
+        ({**EXAMPLE, "task": "test_privacy_rules:Normalised"}, "GroupNorm"),
+        ({**EXAMPLE, "task": "test_privacy_rules:Mixing"}, "examples"),
+        ({**EXAMPLE, "server_examples": 0, "standardise": "server"}, "set server-examples=50"),
+        ({"privacy__level": "device"}, "privacy.level='device' is not valid"),
+        ({**CLIENT, "privacy__epsilon": -1.0}, "privacy.epsilon=-1.0 is not valid"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_private_is_refused(
+    changes: dict[str, Any], said: str, smoke: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(InputError, match=said):
+        check(smoke(**{"partition__min_examples": 5, **changes}))
+
+
+def test_the_command_line_ends_with_2_and_one_sentence(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "fedra"), "run", "smoke", "privacy.epsilon=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_private_run_draws_its_clients_independently_unless_told_otherwise() -> None:
+    assert preset("smoke", privacy__level="client").sampling.kind == "poisson"
+    assert preset("smoke", privacy__level="client", privacy__mechanism="banded").sampling.kind == "cyclic"
+    assert preset("smoke", privacy__level="client", privacy__noise="local").sampling.kind == "uniform"
+    assert preset("smoke", privacy__level="client", sampling__kind="cyclic").sampling.kind == "cyclic"
+    assert preset("smoke").sampling.kind == "uniform"
+
+
+def test_what_epsilon_does_not_cover_is_said() -> None:
+    config = RunConfig.of({"privacy.level": "client", "privacy.epsilon": 1.0, "keep": "best"})
+    found = " ".join(uncovered(config, "federated", tuned=True))
+    for phrase in ("scale the inputs", "numbers of examples and labels", "evaluation metrics", "threshold", "is kept"):
+        assert phrase in found
+    plain = " ".join(uncovered(config.with_(keep="last"), "none", tuned=False))
+    assert "scale" not in plain
+    assert "threshold" not in plain
+    assert "kept" not in plain
+
+
+def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
+    private = {
+        "level": "client",
+        "epsilon": 3.2,
+        "delta": 1e-5,
+        "accountant": "PLD",
+        "not_covered": [],
+        "simulated": True,
+    }
+    assert list(lines(private)) == [
+        "Privacy: epsilon 3.20 at delta 1e-05, client level (simulated noise: not a guarantee), by PLD."
+    ]
+    assert "simulated" not in next(lines({**private, "simulated": False}))
