@@ -70,6 +70,7 @@ class ClientPrivacy:
             [event.rate * size for event, size in zip(events, sizes, strict=True)],
             [self._source.at("steps", server_round, client) for client in clients],
             np.zeros(len(clients), dtype=np.int64),
+            np.zeros(len(clients), dtype=np.int64),
         )
 
     def protect(self, update: LocalUpdate, r: LocalRound, server_round: int, clients: Sequence[int]) -> LocalUpdate:

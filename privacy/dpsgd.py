@@ -6,6 +6,7 @@ a strategy adds to them, a proximal term or a control variate, depends on no exa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from core.records import Tensors
 from core.steps import Gradients, Loss, Terms
+from privacy.fitness import EXAMPLES, clipped_gradients
 from privacy.noise import Source, noised
-from privacy.per_example import ClippedGradients
+from privacy.per_example import ClippedObjective, ClippedSum
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class PrivateSteps:
     sources: Sequence[Source]
     taken: np.ndarray
     """Steps that each client has taken, (C,) int64: the kernel counts, and the ledger believes it."""
+    dropped: np.ndarray
+    """Examples of each client whose gradient was not finite and added nothing, (C,) int64."""
 
     def only(self, i: int) -> PrivateSteps:
         """Return client i's steps alone; they are counted here too."""
         one = slice(i, i + 1)
-        return PrivateSteps(
-            self.clipping_norm, self.noise_multipliers[one], self.expected[one], self.sources[one], self.taken[one]
-        )
+        own = (self.noise_multipliers[one], self.expected[one], self.sources[one], self.taken[one], self.dropped[one])
+        return PrivateSteps(self.clipping_norm, *own)
 
     def count(self, steps: Tensor) -> None:
         """Count `steps` (C,) of each client."""
@@ -45,13 +48,13 @@ class PrivateSteps:
 
     def gradients(self, model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
         """Return the function from weights and batches to every client's private gradient."""
-        clipped = ClippedGradients(model, loss, objective=terms.objective, beside=terms.beside)
+        objective = ClippedObjective(terms.objective, terms.beside) if terms.objective else None
 
         def found(params: Tensors, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensors, Tensor]:
             real = weight > 0
-            sums, losses, _ = clipped(params, x, y, real, self.clipping_norm)
-            counts = real.sum(1).clamp(min=1)
-            return self._noised(sums), losses.sum(1) / counts
+            clipped = (objective or _of_model(model, loss, x, y))(params, x, y, real, self.clipping_norm, terms.only)
+            np.add(self.dropped, clipped.dropped.cpu().numpy(), out=self.dropped)
+            return self._noised(clipped.sums), clipped.losses.sum(1) / real.sum(1).clamp(min=1)
 
         return found
 
@@ -65,3 +68,15 @@ class PrivateSteps:
                 noise = source.normal(*total[i].shape, dtype=torch.float64).to(total.device)
                 out[name][i] = noised(total[i], noise, z * self.clipping_norm) / expected
         return out
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Loss, ClippedSum]] = weakref.WeakKeyDictionary()
+
+
+def _of_model(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> ClippedSum:
+    """Return the clipped sum of a model's loss, tried once a process on the first clients' examples, x (C, B, ...)."""
+    known = _KNOWN.get(model)
+    if known is None or known[0] != loss:
+        known = loss, clipped_gradients(model, loss, x.flatten(0, 1)[:EXAMPLES], y.flatten(0, 1)[:EXAMPLES])
+        _KNOWN[model] = known
+    return known[1]

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
+from core.steps import Loss
+from privacy import fitness
 from privacy.accounting import epsilon
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
@@ -34,6 +37,11 @@ class Subject:
     """Whether what its clients do with an example passes through per-example clipping."""
     sizes: np.ndarray
     """Training examples of each client, (clients,) int64."""
+    loss: Loss
+    """(logits, y) -> each example's loss (B,)."""
+    x: np.ndarray
+    """A few examples (n, ...), for their shape."""
+    y: np.ndarray
 
 
 def needs(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +60,8 @@ def check(config: RunConfig, subject: Subject) -> None:
             raise InputError(sentence)
     if level != "none":
         _affordable(config, subject)
+    if level == "example":
+        fitness.check(subject.model, subject.loss, torch.from_numpy(subject.x), torch.from_numpy(subject.y))
 
 
 def _no_promise(config: RunConfig, subject: Subject) -> Iterator[str]:

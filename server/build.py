@@ -42,7 +42,10 @@ def check(config: RunConfig) -> Federation:
     devices.check(config)
     adversary.check(config, len(task.labels))
     linear, by_example = makes_partial_means(config), private_by_example(config)
-    rules.check(config, rules.Subject(model, task.standardise, linear, by_example, federation.train.sizes))
+    few = federation.train[0]
+    sizes = federation.train.sizes
+    subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8])
+    rules.check(config, subject)
     processors_of(config)
     if config.compression.rotation and config.compression.kind not in ("int8", "int4"):
         raise InputError(

@@ -52,7 +52,7 @@ class Centred(nn.Module):
         ({"privacy__epsilon": 4.0}, r"privacy.epsilon=4.0 protects nobody with privacy.level=none; set privacy.level="),
         ({"privacy__level": "client"}, "has no noise; set privacy.epsilon"),
         ({**CLIENT, "strategy": "krum", "clients": 8}, "krum needs every update.*choose privacy.noise=local"),
-        ({**CLIENT, "strategy": "fedbuff", "devices__kind": "lognormal", "sampling__kind": "uniform"}, "fedbuff needs every"),
+        ({**CLIENT, "strategy": "fedbuff", "devices__kind": "lognormal", "sampling__kind": "uniform"}, "needs every"),
         ({**CLIENT, "sampled": 2, "sampling__kind": "uniform"}, "set it"),
         ({**CLIENT, "sampling__kind": "oort"}, "chooses clients by their losses, which no epsilon covers"),
         ({**CLIENT, "sampling__over_selection": 1.5, "devices__kind": "lognormal"}, "who else is slow; set 1"),
