@@ -60,14 +60,19 @@ class PrivateSteps:
 
     def _noised(self, sums: Mapping[str, Tensor]) -> Tensors:
         """Return each client's (sum + noise) / expected batch."""
-        out: Tensors = {name: torch.empty_like(total) for name, total in sums.items()}
-        for name, total in sums.items():
-            for i, (z, expected, source) in enumerate(
-                zip(self.noise_multipliers, self.expected, self.sources, strict=True)
-            ):
-                noise = source.normal(*total[i].shape, dtype=torch.float64).to(total.device)
-                out[name][i] = noised(total[i], noise, z * self.clipping_norm) / expected
-        return out
+        flat = torch.cat([total.flatten(1) for total in sums.values()], dim=1)
+        deviations = self.clipping_norm * torch.tensor(self.noise_multipliers, dtype=torch.float64)
+        noisy = noised(flat, self._normal(*flat.shape).to(flat.device), deviations.to(flat.device).unsqueeze(1))
+        noisy /= torch.tensor(self.expected).to(flat.device).unsqueeze(1)
+        parts = noisy.split([total[0].numel() for total in sums.values()], dim=1)
+        return {name: part.view(total.shape) for (name, total), part in zip(sums.items(), parts, strict=True)}
+
+    def _normal(self, clients: int, size: int) -> Tensor:
+        """Return the clients' normals (C, D), float64: from one secret source all at once."""
+        first = self.sources[0]
+        if all(source is first for source in self.sources):
+            return first.normal(clients, size, dtype=torch.float64)
+        return torch.stack([source.normal(size, dtype=torch.float64) for source in self.sources])
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Loss, ClippedSum]] = weakref.WeakKeyDictionary()

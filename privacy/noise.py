@@ -143,20 +143,22 @@ class Simulated(Source):
         return torch.from_numpy(self._bits.random_raw(count).view(np.int64))
 
 
-def noised(values: Tensor, noise: Tensor, deviation: float) -> Tensor:
+def noised(values: Tensor, noise: Tensor, deviation: float | Tensor) -> Tensor:
     """Return values + deviation noise, float32, added and rounded as explained above.
 
-    `noise` has a standard deviation of about 1 and must be float64, or its own steps would show. A deviation of 0
-    changes nothing. Raises `InputError` if it is negative or not finite, `TypeError` for noise of another dtype.
+    `noise` has a standard deviation of about 1 and must be float64, or its own steps would show. A deviation may be a
+    tensor that broadcasts; where it is 0 nothing changes. Raises `InputError` if one is negative or not finite,
+    `TypeError` for noise of another dtype.
     """
-    if not 0 <= deviation < math.inf:
+    each = torch.as_tensor(deviation, dtype=torch.float64, device=values.device)
+    if not bool(((each >= 0) & each.isfinite()).all()):
         raise InputError(f"noise of standard deviation {deviation} does not exist; choose a finite number from 0 on.")
     if noise.dtype != torch.float64:
         raise TypeError(f"noise must be float64, not {noise.dtype}")
-    if deviation == 0:
-        return values.float()
-    step = 2.0 ** (math.floor(math.log2(deviation)) - 20)
-    return noise.mul(deviation).add_(values).div_(step).round_().mul_(step).float()
+    step = torch.exp2(each.log2().floor() - 20)
+    # A deviation of 0 has steps of 0.
+    rounded = noise.mul(each).add_(values).div_(step).round_().mul_(step).float()
+    return torch.where(each > 0, rounded, values.float())
 
 
 def source(seed: int) -> Source:
