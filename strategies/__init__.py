@@ -86,7 +86,11 @@ STRATEGIES = {
     ),
     "feddf": Entry("strategies.server_examples:FedDF", "ensemble distillation on the server (Lin et al. 2020)", False),
     "fedasync": Entry("strategies.asynchronous:FedAsync", "a step for every answer (Xie et al. 2019)", False),
-    "fedbuff": Entry("strategies.asynchronous:FedBuff", "a step for a buffer of answers (Nguyen et al. 2022)", False),
+    "fedbuff": Entry(
+        "strategies.asynchronous:FedBuff",
+        "a step for a buffer of answers, `sampled` at most (Nguyen et al. 2022)",
+        False,
+    ),
 }
 
 GROUP = "fedra.strategies"

@@ -97,6 +97,13 @@ def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
 
 
+def test_a_buffer_that_clients_at_work_cannot_fill_is_refused(two: Callable[..., Run]) -> None:
+    with pytest.raises(InputError, match=r"buffer-size=3 is more than the 2 clients at work.*lower it to 2 or less"):
+        two("fedbuff", **{"strategy-options.buffer-size": 3})
+    # The default of ten was not asked for: here it is two, all who are at work.
+    assert _weight(two("fedbuff", rounds=1)) == pytest.approx((0 + 0.8) / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["fedasync", "fedbuff"])
 def test_a_run_without_rounds_is_resumed_with_the_same_bits(strategy: str, smoke: Smoke) -> None:
     from test_resume import _assert_same, _stopped_after
