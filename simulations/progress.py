@@ -16,6 +16,7 @@ from rich.table import Table
 from core.config import RunConfig
 from reports.words import duration, metric, number, plural
 from server.recorder import RunFolder
+from server.session import NothingLearntError
 from simulations.run import Run, worker_count
 from tasks import load
 
@@ -55,7 +56,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if kind is not None and self.folder is not None and RunFolder.open(self.folder).rounds_done():
+        if kind is None or self.folder is None or not RunFolder.open(self.folder).rounds_done():
+            return
+        if issubclass(kind, NothingLearntError):
+            self.print(f"Run folder: {self.folder}")
+        else:
             self.print(f"Saved up to the last finished round. Continue with: fedra run --resume {self.folder}")
 
     def start(self, folder: Path, config: RunConfig, done: int) -> None:

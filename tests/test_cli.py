@@ -146,6 +146,25 @@ def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> N
     assert (folder / "report.html").exists()
 
 
+def test_a_run_that_no_answer_reached_is_a_failed_one(tmp_path: Path) -> None:
+    failed = _fedra("run", "smoke", "rounds=2", "faults.dropout=0.999", cwd=tmp_path)
+    assert failed.returncode == 1
+    said = "no answer of any client reached the model in 2 rounds: 8 were lost and 0 rejected"
+    assert said in failed.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    assert str(folder) in failed.stdout
+    assert "--resume" not in failed.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("failed", 2)
+    assert said in summary["error"]
+    page = (folder / "report.html").read_text()
+    assert said in page
+    assert "fedra run --resume" not in page
+    # Nor does it become a completed one by going on with it.
+    assert _fedra("run", "--resume", str(folder), cwd=tmp_path).returncode == 1
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
 def test_compare_makes_one_table_and_one_page(tmp_path: Path) -> None:
     done = _fedra("compare", "smoke", "strategy=fedavg,fedprox", "seeds=2", "rounds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
