@@ -27,6 +27,7 @@ from reports.variants import (
     summaries,
     table,
     variant_of,
+    warnings,
 )
 from reports.words import SCORES, duration, metric, number, ordered, plural
 
@@ -47,7 +48,8 @@ def write_comparison(path: Path, rows: Sequence[Row], title: str = "", by: str =
     parts = [_overview(rows, by), _curves(rows), _clients(rows, by), _runs(rows, path.parent, by)]
     found = [part for part in parts if part is not None]
     about = element("p", _about(rows, by), class_="about")
-    top = join([element("div", element("h1", title), class_="head"), about])
+    warned = [element("p", f"Warning: {said}", class_="banner warning") for said in warnings(rows)]
+    top = join([element("div", element("h1", title), class_="head"), about, *warned])
     path.write_text(markup.page(title, top, "", found, "Written by Fedra. This page loads nothing."), encoding="utf-8")
     return path
 

@@ -108,6 +108,11 @@ def costs(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     return out
 
 
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Return what the runs warn of, each sentence once."""
+    return list(dict.fromkeys(said for row in rows for said in row["summary"].get("warnings") or []))
+
+
 def personal(rows: Sequence[Row]) -> str:
     """Return a sentence on the variants whose clients evaluate models of their own, empty where none does."""
     own = names_of([row for row in rows if row["summary"].get("personal")])

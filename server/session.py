@@ -25,7 +25,7 @@ from server import checkpoint as checkpoints
 from server.build import build_strategy
 from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
-from server.malice import Malice
+from server.malice import Malice, warnings
 from server.observe import NAMED, Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
@@ -144,6 +144,7 @@ class Session:
             "answers": self.answers,
             "personal": is_personal(self.config),
             "attack": self.malice.summary(kept.get("attack_success")),
+            "warnings": warnings(self.config),
             "versions": versions(),
             "status": status,
             "stopped_by": self.stopped_by or None,

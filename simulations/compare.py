@@ -15,6 +15,7 @@ from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
 from reports.compare import write_comparison
 from reports.variants import STRATEGY, details, personal, table
+from server.malice import warnings
 from simulations.run import check_run, preset, quiet, simulate
 
 # Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
@@ -47,6 +48,8 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     ]
     for _, config in planned:
         check_run(config)
+    for said in dict.fromkeys(said for _, config in planned for said in warnings(config)):
+        console.print(f"Warning: {said}", markup=False, highlight=False, soft_wrap=True)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
     rows = []
     for number, (variant, config) in enumerate(planned, start=1):

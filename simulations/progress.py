@@ -15,6 +15,7 @@ from rich.table import Table
 
 from core.config import RunConfig
 from reports.words import duration, metric, number, plural
+from server.malice import warnings
 from server.recorder import RunFolder
 from server.session import NothingLearntError
 from simulations.run import Run, worker_count
@@ -77,6 +78,8 @@ class Progress:
             f"{plural(config.rounds, 'round')}, seed {config.seed}; "
             f"cohorts of {min(config.engine.cohort_size, sampled)} in {where}{gpu}."
         )
+        for sentence in warnings(config):
+            self.print(f"Warning: {sentence}")
         if done:
             self.print(f"Resumed after round {done}.")
         self._bar.update(self._task, completed=done)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_personalisation import _line, _round
 
 from client.attacks import Attack
@@ -16,6 +17,8 @@ from core.adversary import malicious, poisoned, triggered
 from core.config import RunConfig
 from core.errors import InputError
 from core.training import LocalUpdate
+from server.malice import warnings
+from simulations.progress import Progress
 from simulations.run import Run, simulate
 
 Smoke = Callable[..., RunConfig]
@@ -164,3 +167,35 @@ def test_a_target_that_the_task_does_not_have_is_refused(smoke: Smoke) -> None:
 def test_an_attack_that_nobody_makes_is_refused(smoke: Smoke) -> None:
     with pytest.raises(InputError, match=r"attack.fraction=0.3 of 1 clients is none"):
         _run(smoke, "zero", clients=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told", "remedy"),
+    [
+        ("krum", {}, "num-malicious-nodes=0), but with attack.kind=sign-flip 3 of 10 clients are; set that to as many"),
+        ("multikrum", {"num-malicious-nodes": 3}, ""),
+        (
+            "fedtrimmedavg",
+            {"beta": 0.0},
+            "beta=0), but with attack.kind=sign-flip 3 of 10 clients are; set that to the",
+        ),
+        ("fedtrimmedavg", {}, ""),
+        ("fedavg", {}, ""),
+    ],
+)
+def test_a_robust_rule_that_expects_nobody_is_warned_of(
+    strategy: str, told: dict[str, Any], remedy: str, smoke: Smoke, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {f"strategy-options.{key}": value for key, value in told.items()}
+    config = RunConfig.of({**smoke(strategy=strategy, clients=10, rounds=1).flat(), **options})
+    assert warnings(config) == []
+    config = RunConfig.of({**config.flat(), "attack.kind": "sign-flip", "attack.fraction": 0.3})
+    with Progress(config, Console(width=200)) as progress:
+        run = simulate(config, on_start=progress.start)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert run.summary["warnings"] == [line.removeprefix("Warning: ") for line in said]
+    assert len(said) == bool(remedy)
+    assert all(remedy in line for line in said)
+    page = (run.path / "report.html").read_text()
+    assert (">Warning: " in page) == bool(remedy)
+    assert remedy in page

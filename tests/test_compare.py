@@ -36,7 +36,10 @@ def test_two_lists_make_a_grid_named_by_its_values(tmp_path: Path) -> None:
     lines, page = compared(tmp_path, **lists, clients=8, attack__fraction=0.25, seeds=2)
     variants = ["none, fedavg", "none, krum", "sign-flip, fedavg", "sign-flip, krum"]
     runs = [(variant, seed) for variant in variants for seed in (0, 1)]
-    assert lines[:8] == [f"[{i}/8] {variant}, seed {seed}" for i, (variant, seed) in enumerate(runs, start=1)]
+    warned = "Warning: krum is told that nobody is malicious (strategy-options.num-malicious-nodes=0)"
+    assert lines[0].startswith(warned)
+    assert page.text.count(warned) == 1
+    assert lines[1:9] == [f"[{i}/8] {variant}, seed {seed}" for i, (variant, seed) in enumerate(runs, start=1)]
     # Two tables of four rows, under one heading each.
     assert [name for name in cells(lines, "attack.kind, strategy") if name in variants] == 2 * variants
     assert len(page.outside) == 8
