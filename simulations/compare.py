@@ -14,7 +14,7 @@ from rich.table import Table
 from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
 from reports.compare import write_comparison
-from reports.variants import STRATEGY, details, personal, table
+from reports.variants import HOW, STRATEGY, details, personal, table
 from server.malice import warnings
 from simulations.run import check_run, preset, quiet, simulate
 
@@ -60,7 +60,8 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     # The page has every metric; a terminal has room for the first three, which are the most telling.
     shown = [{heading: value for heading, value in row.items() if heading != "Runs"} for row in table(rows, by)]
     _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
-    _print("Clients' own test splits, and cost", details(rows, by), by, console, wrap=True)
+    _print("Clients' own test splits, and cost", details(rows, by), by, console)
+    console.print(HOW, markup=False, highlight=False, soft_wrap=True)
     if said := personal(rows):
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     page = write_comparison(folder / "report.html", rows, by=by)
@@ -86,10 +87,10 @@ def _shown(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
-def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console, wrap: bool = False) -> None:
+def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console) -> None:
     shown = Table(title=title, title_justify="left", box=None)
     for heading in rows[0] if rows else []:
-        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=not wrap or heading == by)
+        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=heading == by)
     for row in rows:
         shown.add_row(*map(str, row.values()))
     console.print(shown)

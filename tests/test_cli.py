@@ -169,7 +169,7 @@ def test_compare_makes_one_table_and_one_page(tmp_path: Path) -> None:
     done = _fedra("compare", "smoke", "strategy=fedavg,fedprox", "seeds=2", "rounds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fedavg" in done.stdout
-    assert "±" in done.stdout
+    assert "95 % confidence interval" in done.stdout
     [folder] = (tmp_path / "runs").iterdir()
     assert (folder / "report.html").stat().st_size > 10_000
     assert len([run for run in folder.iterdir() if run.is_dir()]) == 4
