@@ -11,7 +11,8 @@ import math
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -53,10 +54,12 @@ def tune(
     """
     quiet()
     space = Space.of(settings)
-    configs = [preset(name, space.settings(params)) for params in space.examples()]
-    metric = metric or configs[0].early_stopping.metric or load(configs[0]).metrics[0]
-    for config in configs:
-        _check(config, metric)
+    configs = []
+    for params in space.examples():
+        with _named(params, settings):
+            configs.append(preset(name, space.settings(params)))
+            metric = metric or configs[0].early_stopping.metric or load(configs[0]).metrics[0]
+            _check(configs[-1], metric)
     first = configs[0]
     folder = _make_folder(Path(first.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-tune-{first.preset}")
     source = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
@@ -211,6 +214,23 @@ class Search:
     def config(self, params: Mapping[str, Scalar]) -> RunConfig:
         """Return the configuration of a trial."""
         return preset(self.preset, self.space.settings(params))
+
+
+@contextmanager
+def _named(params: Mapping[str, Scalar], settings: Mapping[str, Any]) -> Iterator[None]:
+    """Add to an `InputError` which of the searched settings it speaks of, as they were written.
+
+    The sentence itself names the value that was tried, which nobody wrote.
+    """
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        meant = [key for key, value in params.items() if key in said or (isinstance(value, str) and value in said)]
+        if not meant:
+            raise
+        searched = " ".join(f"{key}={settings[key]}" for key in meant)
+        raise InputError(f"{said} This comes of searching {searched}; narrow that.") from None
 
 
 def _check(config: RunConfig, metric: str) -> None:

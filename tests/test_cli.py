@@ -78,6 +78,8 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "model=resnet"], ["unknown model of task medical"]),
         (["run", "smoke", "task=vision"], ["unknown task 'vision'"]),
         (["run", "smoke", "early-stopping.metric=auc"], ["early-stopping.metric 'auc'", "did you mean 'auroc'"]),
+        (["run", "smoke", "early-stopping.metric=AUROC"], ["did you mean 'auroc'"]),
+        (["run", "smoke", "strategy=FedProx"], ["did you mean 'fedprox'"]),
         (["run", "smoke", "data-dir=/tmp"], ["data-dir has no effect"]),
         (["run", "heart", "data-dir=/nowhere"], ["data-dir=/nowhere is not a folder"]),
         (["run", "smoke", "engine.workers=5"], ["engine.workers=5 is more than 4 (4 clients a round"]),

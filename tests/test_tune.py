@@ -182,6 +182,11 @@ def test_what_is_searched_is_as_it_is_written(text: str, expected: Range | Choic
         (["smoke", "local-epochs=0..3"], ["local-epochs=0 is not valid"]),
         (["smoke", "local-epochs=1.0..3.0"], ["local-epochs=1.764", "integer"]),
         (["smoke", "momentum=0.5..1.0"], ["momentum=1.0", "less than 1"]),
+        (
+            ["smoke", "strategy=fedavg,scaffold", "momentum=0.5..0.9", "rounds=1..2"],
+            ["momentum=0.5: scaffold's", "comes of searching strategy=fedavg,scaffold momentum=0.5..0.9; narrow that."],
+        ),
+        (["smoke", "learning-rate=0.1..1.0", "--metric", "AUROC"], ["unknown metric 'AUROC'", "did you mean 'auroc'"]),
         (["smoke", "learning-rat=0.1..1.0"], ["did you mean 'learning-rate'"]),
         (["smoke", "strategy-options.proximal-mu=0.1..1.0"], ["unknown fedavg option"]),
         (["smoke", "strategy=fedavg,krum", "strategy-options.proximal-mu=0.1..1.0"], ["option of none of strategy="]),
