@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
+from torch import nn
 
 from core import adversary, devices
 from core.config import RunConfig
@@ -15,7 +17,7 @@ from core.processors import processors_of
 from core.training import make_optimizer
 from strategies import options_of, parameters_of, strategy_class
 from tasks import load
-from tasks.base import build_model
+from tasks.base import Task, build_model
 from tasks.source import federation_of
 
 # Options that repeat the clients' learning rate take it from the run unless they are given.
@@ -33,7 +35,7 @@ def check(config: RunConfig) -> Federation:
     model = build_model(task, config.seed)
     cls = strategy_class(config.strategy)
     if hasattr(cls, "check"):
-        cls.check(config, model)
+        _check_strategy(cls, config, task, model)
     metric = config.early_stopping.metric
     if metric and metric not in task.metrics:
         raise unknown("early-stopping.metric", metric, task.metrics)
@@ -62,6 +64,22 @@ def check(config: RunConfig) -> Federation:
     if (metric or config.keep == "best") and not federation.validation.sizes.any():
         raise InputError("early stopping and keep=best need validation splits, and these partitions have none.")
     return federation
+
+
+def _check_strategy(cls: Any, config: RunConfig, task: Task, model: nn.Module) -> None:
+    """Let the strategy refuse the run; where it would take another model of the task's, the sentence names it."""
+    try:
+        cls.check(config, model)
+    except InputError as refused:
+        taken = []
+        for name in getattr(task, "models", ()):
+            other = config.with_(model=name)
+            with contextlib.suppress(InputError):
+                cls.check(other, build_model(load(other), config.seed))
+                taken.append(f"model={name}")
+        raise InputError(
+            f"{refused} {config.strategy} takes {' or '.join(taken)}." if taken else str(refused)
+        ) from None
 
 
 def build_strategy(config: RunConfig) -> Strategy:
