@@ -13,6 +13,7 @@ from core import adversary, devices
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError, unknown
+from core.idle import refuse_idle
 from core.processors import processors_of
 from core.training import make_optimizer
 from strategies import options_of, parameters_of, strategy_class
@@ -28,6 +29,7 @@ _SAMPLING = {"fraction_train", "min_train_nodes", "min_available_nodes"}
 
 def check(config: RunConfig) -> Federation:
     """Return the federation's data after refusing, with `InputError`, whatever would fail later in the run."""
+    refuse_idle([config])
     build_strategy(config)
     for optimizer in (config.optimizer, config.baseline.optimizer):
         make_optimizer(config, config.learning_rate, optimizer)
@@ -43,10 +45,6 @@ def check(config: RunConfig) -> Federation:
     devices.check(config)
     adversary.check(config, len(task.labels))
     processors_of(config)
-    if config.compression.rotation and config.compression.kind not in ("int8", "int4"):
-        raise InputError(
-            f"compression.rotation is for int8 and int4, not compression.kind={config.compression.kind}; drop it."
-        )
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
     if "server-examples" in getattr(cls, "settings", {}) and not config.server_examples:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
+from core.idle import refuse_idle, without_idle
 from reports.compare import write_comparison
 from reports.variants import HOW, STRATEGY, details, personal, table
 from server.malice import warnings
@@ -46,6 +47,9 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
         for values in product(*lists.values())
         for seed in range(first, first + seeds)
     ]
+    # What acts in some variants may stand beside the others.
+    refuse_idle([config for _, config in planned])
+    planned = [(variant, without_idle(config)) for variant, config in planned]
     for _, config in planned:
         check_run(config)
     for said in dict.fromkeys(said for _, config in planned for said in warnings(config)):

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from core.config import RunConfig, Scalar
 from core.errors import InputError, unknown
+from core.idle import refuse_idle, without_idle
 from core.metrics import HIGHER_IS_BETTER
 from core.seeding import derive
 from simulations.run import PRESETS, check_run, preset, quiet, simulate
@@ -59,7 +60,10 @@ def tune(
         with _named(params, settings):
             configs.append(preset(name, space.settings(params)))
             metric = metric or configs[0].early_stopping.metric or load(configs[0]).metrics[0]
-            _check(configs[-1], metric)
+            _check(without_idle(configs[-1]), metric)
+    with _named(dict.fromkeys(space.searched, 0), settings):
+        # What acts in some trials may stand beside the others.
+        refuse_idle(configs)
     first = configs[0]
     folder = _make_folder(Path(first.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-tune-{first.preset}")
     source = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
@@ -195,7 +199,7 @@ class Search:
 
         try:
             # Baselines are no part of the value.
-            config = self.config(params).with_(out=str(self.folder / "runs"), baselines=False)
+            config = without_idle(self.config(params).with_(out=str(self.folder / "runs"), baselines=False))
             run = simulate(config, on_start=lambda path, *_: folders.append(path), on_round=on_round)
         except Exception as error:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "

@@ -145,7 +145,7 @@ def test_a_robust_rule_survives_what_a_mean_does_not(smoke: Smoke) -> None:
 
 
 def test_a_backdoor_opens_a_mean_and_its_success_is_measured(smoke: Smoke) -> None:
-    clean = _run(smoke, "none")
+    clean = _run(smoke, "none", **{"attack.fraction": 0.2})
     opened = _run(smoke, "backdoor", rounds=12, **{"attack.target": 0, "attack.fraction": 0.5})
     assert clean.summary["attack"] is None
     assert opened.summary["attack"]["backdoor_success"] > 0.5

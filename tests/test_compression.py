@@ -142,5 +142,5 @@ def test_scaffold_sends_its_controls_as_they_are(smoke: Smoke) -> None:
 def test_rotation_without_rounding_is_refused(smoke: Smoke) -> None:
     from core.errors import InputError
 
-    with pytest.raises(InputError, match=r"compression.rotation is for int8 and int4, not compression.kind=top-k"):
+    with pytest.raises(InputError, match=r"compression.rotation=true does nothing with compression.kind=top-k"):
         _run(smoke, {"kind": "top-k", "rotation": True})

@@ -127,7 +127,7 @@ def test_power_of_choice_trains_the_candidates_with_the_highest_global_loss(stra
     assert _trained(run) == [set(np.argsort(-losses)[:2].tolist())]
     # Six candidates received the model as well as the two that trained; nobody sent one for a loss.
     [row] = _rows(run)
-    uniform = _rows(simulate(config.with_(sampling__kind="uniform")).path)[0]
+    uniform = _rows(simulate(config.with_(sampling__kind="uniform", sampling__candidates=2.0)).path)[0]
     per_model = (row["downlink_bytes"] - uniform["downlink_bytes"]) / 6
     assert row["uplink_bytes"] == uniform["uplink_bytes"] == 2 * per_model
 
