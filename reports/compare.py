@@ -19,6 +19,7 @@ from reports.variants import (
     Row,
     completed,
     costs,
+    failure,
     heading,
     metrics,
     names_of,
@@ -145,14 +146,22 @@ def _runs(rows: Sequence[Row], start: Path, by: str) -> Section:
     body = []
     for row in rows:
         summary = row["summary"]
-        report = Path(os.path.relpath(Path(row["path"]) / "report.html", start)).as_posix()
-        link = element("a", "report", href=quote(report))
-        words = [variant_of(row), row["seed"], summary.get("status", ""), link]
+        link: object = ""
+        if row["path"] is not None:
+            report = Path(os.path.relpath(Path(row["path"]) / "report.html", start)).as_posix()
+            link = element("a", "report", href=quote(report))
+        status = str(summary.get("status", ""))
+        words = [variant_of(row), row["seed"], link, f"{status}: {why}" if (why := failure(row)) else status]
         numbers = [number(nested(summary, "metrics", name)) for name in names]
         body.append(
-            [*(cell(word, "text") for word in words), *numbers, summary.get("rounds"), duration(summary.get("seconds"))]
+            [
+                *(cell(word, "text wide" if word is words[-1] else "text") for word in words),
+                *numbers,
+                summary.get("rounds"),
+                duration(summary.get("seconds")),
+            ]
         )
-    headings = [by, "Seed", "Status", "Report", *(metric(name).title for name in names), "Rounds", "Time"]
+    headings = [by, "Seed", "Report", "Status", *(metric(name).title for name in names), "Rounds", "Time"]
     return Section("runs", "Runs", markup.table(headings, body, text=4))
 
 

@@ -142,6 +142,18 @@ def costs(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     return out
 
 
+def failure(row: Row) -> str:
+    """Return why a run failed, on one line; empty where it did not."""
+    if row["summary"].get("status") != "failed":
+        return ""
+    return " ".join(str(row["summary"].get("error") or "the error was not recorded").split())
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each failed run: which it is, and why."""
+    return [f"{variant_of(row)}, seed {row['seed']}: {why}" for row in rows if (why := failure(row))]
+
+
 def warnings(rows: Sequence[Row]) -> list[str]:
     """Return what the runs warn of, each sentence once."""
     return list(dict.fromkeys(said for row in rows for said in row["summary"].get("warnings") or []))
