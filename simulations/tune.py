@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
 
@@ -36,6 +37,7 @@ from tasks import load
 
 TRIALS = 20
 DATABASE = "study.db"
+LOCK = "study.lock"
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 # A median needs a few trials, and the first rounds favour whatever is fast at the start.
 COMPARED, WARMUP_ROUNDS, WARMUP_SHARE = 5, 2, 0.25
@@ -73,11 +75,12 @@ def tune(
             shutil.copy(file, folder / "preset")
     place = {"data-dir": str(Path(first.data_dir).absolute())} if first.data_dir else {}
     direction: Literal["maximize", "minimize"] = "maximize" if HIGHER_IS_BETTER.get(metric, True) else "minimize"
-    study = optuna.create_study(study_name="tune", storage=_storage(folder), direction=direction)
-    about = {"preset": source.name, "settings": {**settings, **place}, "metric": metric, "trials": trials}
-    for key, value in about.items():
-        study.set_user_attr(key, value)
-    return Search(folder, study, console).run()
+    with _alone(folder):
+        study = optuna.create_study(study_name="tune", storage=_storage(folder), direction=direction)
+        about = {"preset": source.name, "settings": {**settings, **place}, "metric": metric, "trials": trials}
+        for key, value in about.items():
+            study.set_user_attr(key, value)
+        return Search(folder, study, console).run()
 
 
 def resume_tune(folder: Path, *, trials: int | None = None, console: Console | None = None) -> Path:
@@ -86,17 +89,18 @@ def resume_tune(folder: Path, *, trials: int | None = None, console: Console | N
     folder = folder.absolute()
     if not (folder / DATABASE).is_file():
         raise InputError(f"{folder} is not the folder of a search: it has no {DATABASE}; `fedra tune` makes one.")
-    study = optuna.load_study(study_name="tune", storage=_storage(folder))
-    search = Search(folder, study, console)
-    done, wanted = len(search.records()), trials or search.trials
-    if wanted < done or (wanted == done and status_of(folder) == "completed"):
-        raise InputError(
-            f"{folder} has {done} trials already, and --trials counts these too; "
-            f"give more, for example --trials {done + 10}."
-        )
-    study.set_user_attr("trials", wanted)
-    search.trials = wanted
-    return search.run()
+    with _alone(folder):
+        study = optuna.load_study(study_name="tune", storage=_storage(folder))
+        search = Search(folder, study, console)
+        done, wanted = len(search.records()), trials or search.trials
+        if wanted < done or (wanted == done and status_of(folder) == "completed"):
+            raise InputError(
+                f"{folder} has {done} trials already, and --trials counts these too; "
+                f"give more, for example --trials {done + 10}."
+            )
+        study.set_user_attr("trials", wanted)
+        search.trials = wanted
+        return search.run()
 
 
 class Search:
@@ -244,6 +248,23 @@ def _check(config: RunConfig, metric: str) -> None:
         raise unknown("metric", metric, metrics)
     if not federation.validation.sizes.any():
         raise InputError("fedra tune needs validation splits, and these partitions have none; make partitions larger.")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the search: two would each take the other's running trial for a broken one.
+
+    The system lets go of the lock when a process ends, however it ends.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is being searched by another process; wait until it ends, or end it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_folder(base: Path) -> Path:
