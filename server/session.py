@@ -30,7 +30,7 @@ from server.observe import NAMED, Observed, ObservedGrid
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
 from server.virtual import VirtualClock
-from strategies import is_personal, makes_partial_means
+from strategies import client_half, is_personal, makes_partial_means
 from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
@@ -167,6 +167,7 @@ class Session:
         if about.constants:
             self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
+        half = client_half(self.config)
         server = ServerSide(
             config=self.config,
             fresh_model=lambda seed: build_model(self.task, seed),
@@ -176,9 +177,12 @@ class Session:
             devices=devices_of(self.config),
             sizes=about.training_sizes(self.config.clients),
             client_of=self.grid.client_of,
+            sends=half.sends(self.model, half.options),
         )
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
+        if self.virtual.seconds is not None:
+            self.grid.virtual_seconds = self.virtual.seconds_of
         if hasattr(self.strategy, "set_up"):
             self.strategy.set_up(server)
         for_evaluation = getattr(self.strategy, "for_evaluation", None)

@@ -134,8 +134,7 @@ class _WithoutRounds(strategy.FedAvg):
             node = idle[int(rng(self.server.config.seed, "launch", self.launched).integers(len(idle)))]
             self.launched += 1
             client = np.array([self.server.client_of(node)])
-            sent = sum(len(array.data) for array in self.versions[version].values())
-            [seconds] = self.server.expected_seconds(version + 1, client, sent).tolist()
+            [seconds] = self.server.expected_seconds(version + 1, client, self.versions[version]).tolist()
             self.flying.append([self.virtual_seconds + seconds, node, version])
 
 

@@ -227,7 +227,7 @@ def test_a_resumed_run_chooses_the_same_clients(kind: str, strategy: str, smoke:
     assert len(set.union(*_trained(whole))) > 3
 
 
-class _Elsewhere(RayGrid):
+class Elsewhere(RayGrid):
     """A grid like Flower's own: node ids in no order, and no word on whose they are."""
 
     client_of = property()  # type: ignore[assignment]
@@ -245,7 +245,7 @@ class _Elsewhere(RayGrid):
 def test_the_choice_does_not_depend_on_the_runtime(kind: str, smoke: Smoke) -> None:
     config = smoke(clients=6, sampled=2, rounds=4, sampling__kind=kind)
     with engine(config, check(config)) as grid:
-        vars(elsewhere := _Elsewhere.__new__(_Elsewhere)).update(vars(grid))
+        vars(elsewhere := Elsewhere.__new__(Elsewhere)).update(vars(grid))
         assert not ObservedGrid(elsewhere).numbered
         train(elsewhere, config, folder := RunFolder.create(config))
     assert _trained(folder.path) == _trained(simulate(config).path)
