@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from client.attacks import Attack
 from core.adversary import malicious, poisoned, triggered
 from core.config import RunConfig
 from core.errors import InputError
-from core.training import LocalUpdate
+from core.training import LocalRound, LocalUpdate
 from server.malice import warnings
 from simulations.progress import Progress
 from simulations.run import Run, simulate
@@ -67,6 +68,31 @@ def test_what_malicious_clients_send_by_hand(kind: str, options: dict[str, Any],
     assert bad.sum() == 2
     assert sent[~bad] == pytest.approx(HONEST[~bad])
     assert sent[bad] == pytest.approx(wanted(HONEST[bad], HONEST[bad]), abs=1e-5)
+
+
+def test_colluders_train_once_for_a_round_and_a_global_model() -> None:
+    attack = Attack.of(_config("ipm"))
+    assert attack is not None
+    first = replace(_round(_line(), sizes=(1, 1, 1, 1), batch_size=1, rate=0.1), config={"server-round": 1})
+    trained: list[list[int]] = []
+
+    def honest(clients: list[int]) -> LocalUpdate:
+        trained.append(clients)
+        params = {n: g.expand(len(clients), *g.shape) + len(trained) for n, g in first.global_params.items()}
+        return LocalUpdate(params, torch.zeros(len(clients)))
+
+    def sent(r: LocalRound) -> float:
+        update = LocalUpdate({n: g.expand(4, *g.shape) for n, g in r.global_params.items()}, torch.zeros(4))
+        bad = attack(update, r, [0, 1, 2, 3], honest).params["0.bias"][attack.bad.tolist()]
+        return round(float(bad.mean() - r.global_params["0.bias"]), 6)
+
+    # -0.5 times a mean of 1: for the second cohort of the round nobody trains.
+    assert [sent(first), sent(first), len(trained)] == [-0.5, -0.5, 1]
+    assert sent(replace(first, config={"server-round": 2})) == -1.0
+    moved = {name: p + 1 for name, p in first.global_params.items()}
+    assert sent(replace(first, global_params=moved)) == -0.5 * (3 - 1)
+    sent(replace(first, sent={"control": moved}))
+    assert trained == [attack.colluders()] * 4
 
 
 def test_gaussian_noise_is_each_clients_own() -> None:
