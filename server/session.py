@@ -20,8 +20,8 @@ from core.metrics import HIGHER_IS_BETTER
 from core.seeding import seed_globals
 from core.server_side import ServerSide
 from reports.page import write_report
-from reports.words import plural
 from server import checkpoint as checkpoints
+from server.answers import Answers
 from server.build import build_strategy
 from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
@@ -43,10 +43,6 @@ class _StopEarly(Exception):  # noqa: N818 (it is not an error)
     """Ends Flower's loop before its last round."""
 
 
-class NothingLearntError(RuntimeError):
-    """No round made a new model: the run would hand out the one it began with."""
-
-
 class Session:
     """The state of a run between its rounds."""
 
@@ -65,9 +61,7 @@ class Session:
         self.done = 0
         self.steady = {"clients": 0, "seconds": 0.0}
         self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
-        self.answers = {"lost": 0, "rejected": 0}
-        self.aggregated, self.unanswered = 0, ""
-        """Rounds that made a new model, and why the last one that did not made none."""
+        self.answers = Answers()
         self.virtual: VirtualClock | None = None
         self.virtual_before: float | None = None
         self.clock = Clock()
@@ -83,14 +77,7 @@ class Session:
     def run(self) -> None:
         """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
         self._train()
-        if self.aggregated:
-            return
-        why = f" (the last: {self.unanswered})" if self.unanswered else ""
-        raise NothingLearntError(
-            f"no answer of any client reached the model in {plural(self.done, 'round')}: {self.answers['lost']} were "
-            f"lost and {self.answers['rejected']} rejected{why}; the model is the one the run began with. Give clients "
-            "more time or fewer faults: devices.*, faults.*, attack.*, sampled."
-        )
+        self.answers.check(self.done)
 
     def _train(self) -> None:
         about = self._describe()
@@ -141,7 +128,7 @@ class Session:
             "secure_aggregation": None,
             "traffic": self.traffic,
             "virtual_seconds": self.virtual.seconds if self.virtual else self.virtual_before,
-            "answers": self.answers,
+            "answers": self.answers.uncounted,
             "personal": is_personal(self.config),
             "attack": self.malice.summary(kept.get("attack_success")),
             "warnings": warnings(self.config),
@@ -221,9 +208,6 @@ class Session:
             "lost": observed.lost,
             "rejected": observed.rejected,
         }
-        if not row["aggregated"]:
-            nobody = f"{self.config.strategy} made none of those that came" if clients else "no client was drawn"
-            self.unanswered = observed.failures[-1]["reason"] if observed.failures else nobody
         if self.virtual and (virtual := self.virtual.advance(observed, self.strategy)) is not None:
             row |= {"virtual_round_seconds": virtual, "virtual_seconds": self.virtual.seconds}
         self.selection.observe(number, observed.clients)
@@ -268,8 +252,7 @@ class Session:
             self.steady = {"clients": 0, "seconds": 0.0}
         self.steady = {"clients": self.steady["clients"] + clients, "seconds": self.steady["seconds"] + seconds}
         self.traffic = {key: total + row[key] for key, total in self.traffic.items()}
-        self.answers = {key: total + row[key] for key, total in self.answers.items()}
-        self.aggregated += row["aggregated"]
+        self.answers.observe(row, self.config.strategy)
         if evaluation is None:
             return
         self.last = {"round": number, **{key: value for key, value in vars(evaluation).items() if key != "each"}}
@@ -312,8 +295,7 @@ class Session:
             "steady": self.steady,
             "seconds": self.clock.seconds,
             "traffic": self.traffic,
-            "answers": self.answers,
-            "aggregated": self.aggregated,
+            "answers": self.answers.state,
             "virtual_seconds": self.virtual.seconds if self.virtual else None,
             "malice": self.malice.totals,
             "selection": self.selection.state(),
@@ -329,8 +311,7 @@ class Session:
         self.best, self.last = progress["best"], progress["last"]
         self.steady, self.traffic = progress["steady"], progress["traffic"]
         self.clock = Clock(progress["seconds"])
-        self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
-        self.aggregated = progress["aggregated"]
+        self.answers.state, self.virtual_before = progress["answers"], progress["virtual_seconds"]
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)

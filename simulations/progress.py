@@ -16,9 +16,9 @@ from rich.table import Table
 from core.config import RunConfig
 from reports.load import nested
 from reports.words import duration, metric, number, plural, size
+from server.answers import NothingLearntError
 from server.malice import warnings
 from server.recorder import RunFolder
-from server.session import NothingLearntError
 from simulations.run import Run, worker_count
 from tasks import load
 
