@@ -1,14 +1,16 @@
 """What malicious clients send: they see the global model, their own data, and, where they collude, each other's.
 
 Colluding attacks (alie, ipm, min-max) are made of the updates that all malicious clients would have sent honestly: each
-of them trains them all, so that every one sends the same and none depends on who else is sampled.
+of them trains them all, so that every one sends the same and none depends on who else is sampled. A process does that
+once for a round and global model, and not again for every cohort.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -35,6 +37,8 @@ class Attack:
 
     config: RunConfig
     bad: np.ndarray
+    _agreed: dict[bytes, Tensors] = field(default_factory=dict, compare=False, repr=False)
+    """What the colluders send in the last round that they were asked in."""
 
     @staticmethod
     def of(config: RunConfig) -> Attack | None:
@@ -60,7 +64,7 @@ class Attack:
         at = torch.from_numpy(self.bad[np.asarray(clients)])
         if not at.any():
             return update
-        new = self._collusion(honest(self.colluders()), r) if self.config.attack.kind in COLLUDING else None
+        new = self._together(r, honest) if self.config.attack.kind in COLLUDING else None
         params: Tensors = {}
         for name, own in update.params.items():
             origin = r.global_params[name]
@@ -91,6 +95,15 @@ class Attack:
             return self.strength * torch.stack(drawn).to(own.device)
         return torch.full_like(own, math.nan) if kind == "non-finite" else torch.zeros_like(own)
 
+    def _together(self, r: LocalRound, honest: Callable[[list[int]], LocalUpdate]) -> Tensors:
+        """Return what all colluders send, made once for equal rounds."""
+        key = _fingerprint(r)
+        if key not in self._agreed:
+            new = self._collusion(honest(self.colluders()), r)
+            self._agreed.clear()
+            self._agreed[key] = new
+        return self._agreed[key]
+
     def _collusion(self, honest: LocalUpdate, r: LocalRound) -> Tensors:
         """Return the update (by name, no client axis) that all malicious clients send."""
         updates = {name: p - r.global_params[name] for name, p in honest.params.items()}
@@ -108,6 +121,16 @@ class Attack:
         n, m = len(self.bad), int(self.bad.sum())
         supporters = n // 2 + 1 - m
         return max(0.0, NormalDist().inv_cdf(min(max((n - m - supporters) / (n - m), 1e-6), 1 - 1e-6)))
+
+
+def _fingerprint(r: LocalRound) -> bytes:
+    """Return a hash of all that the server sent for a round: what clients learn from it is a function of that."""
+    found = hashlib.blake2b(repr(sorted(r.config.items())).encode())
+    for kind, own in {"": r.global_params, **r.sent}.items():
+        for name, tensor in own.items():
+            found.update(f"{kind}/{name}".encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.digest()
 
 
 def _gaussian(like: Tensor, seed: int) -> Tensor:

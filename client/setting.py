@@ -45,6 +45,8 @@ class Setting:
     like: Tensors
     """What travels of the model: its names and dtypes."""
     half: ClientHalf
+    sends: Sequence[str]
+    """Names of what a client sends back."""
     devices: Devices | None
     attack: Attack | None
     processors: Sequence[Processor]
@@ -68,8 +70,9 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> Setting:
     config = RunConfig.of(dict(items))
     task = load(config)
     model = build_model(task, config.seed).to(device_of(config))
+    half = client_half(config)
     return Setting(
-        config, task, model, federation_of(config), records.travelling(model), client_half(config),
+        config, task, model, federation_of(config), records.travelling(model), half, half.sends(model, half.options),
         devices_of(config), Attack.of(config), processors_of(config), ClientPrivacy.of(config),
         Compressor(config) if config.compression.kind != "none" else None,
     )  # fmt: skip

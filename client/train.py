@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 
 from client import replies
 from client.privacy import columns_of, note
@@ -30,6 +30,7 @@ class _Round:
     config: Mapping[str, Any]
     params: Tensors
     sent: dict[str, Tensors]
+    arrays: ArrayRecord
     bytes: int
 
     @staticmethod
@@ -38,7 +39,8 @@ class _Round:
         if number is None:
             raise ValueError(f"the strategy sent no '{records.SERVER_ROUND}'; put it into configure_train's config")
         params, sent = received(content, setting)
-        return _Round(number, records.config_of(content), params, sent, records.array_bytes(content))
+        arrays = content.array_records[records.ARRAYS]
+        return _Round(number, records.config_of(content), params, sent, arrays, records.array_bytes(content))
 
 
 def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
@@ -98,7 +100,7 @@ def _work(setting: Setting, clients: Sequence[int], this: _Round) -> Work | None
         return None
     config, sizes = setting.config, setting.data.train.sizes[list(clients)]
     deadline = float(this.config.get(records.DEADLINE, config.devices.deadline_seconds))
-    up = round(this.bytes * compression.ratio(config))
+    up = compression.uplink_bytes(config, setting.sends, this.arrays)
     return setting.devices.work(this.number, clients, sizes, this.bytes, up, deadline)
 
 

@@ -8,18 +8,20 @@ over all of them (Suresh et al., ICML 2017); top-k keeps what it does not send f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from core import bundle, hadamard, records
 from core.config import RunConfig
 from core.records import Tensors
+from core.sections import Compression
 from core.seeding import derive
 from core.training import LocalRound, LocalUpdate
 
@@ -48,10 +50,24 @@ class Encoded:
         return sum(len(array.data) for array in packed(self, 0).values())
 
 
-def ratio(config: RunConfig) -> float:
-    """Return about how many bytes an encoded update has for each byte of the model."""
-    own = config.compression
-    return {"none": 1.0, "fp16": 0.5, "int8": 0.25, "int4": 0.125, "top-k": min(1.0, 2 * own.fraction)}[own.kind]
+def uplink_bytes(config: RunConfig, names: Sequence[str], sent: Mapping[str, Array]) -> int:
+    """Return the bytes of arrays that a client sends back which received `sent`.
+
+    `names` are the model's tensors, which travel as they are encoded, and `kind/name` beside them, which have the shape
+    of `name`. Known before anybody trains: server and clients count virtual time by it.
+    """
+    beside = [sent[name.partition("/")[2]] for name in names if "/" in name]
+    own = [sent[name] for name in names if "/" not in name]
+    if config.compression.kind == "none":
+        return sum(len(array.data) for array in (*own, *beside))
+    encoded = _encoded_bytes(config.compression, tuple(math.prod(array.shape) for array in own))
+    return encoded + sum(len(array.data) for array in beside)
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded_bytes(compression: Compression, widths: tuple[int, ...]) -> int:
+    nothing, config = torch.zeros(1, sum(widths)), RunConfig(compression=compression)
+    return Encoded(_encode(nothing, config, list(widths), (0,), 1), {}).bytes()
 
 
 class Compressor:

@@ -108,11 +108,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.engine.address and self.engine.workers == 0:
-            raise ValueError(
-                "engine.address has no effect with engine.workers=0 (some presets say so); "
-                "set engine.workers or drop the address"
-            )
         for key in ("sampled", "evaluated"):
             value = getattr(self, key)
             if value >= 1 and value != int(value):

@@ -124,17 +124,8 @@ def devices_of(config: RunConfig) -> Devices | None:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `InputError` for a trace that cannot be read, and for settings that need devices where there are none."""
+    """Raise `InputError` for a trace that cannot be read, and for settings of which one undoes the other."""
     own = config.devices
-    if own.kind == "none":
-        for key, given in {
-            "devices.deadline-seconds": own.deadline_seconds, "devices.availability": own.availability < 1,
-            "sampling.over-selection": config.sampling.over_selection > 1, "devices.trace": own.trace,
-        }.items():  # fmt: skip
-            if given:
-                raise InputError(f"{key} needs virtual time; set devices.kind=lognormal or devices.kind=trace.")
-    if own.trace and own.kind != "trace":
-        raise InputError(f"devices.trace={own.trace} is read with devices.kind=trace only; set that or drop the file.")
     if own.kind == "trace" and not own.trace:
         raise InputError("devices.kind=trace reads a file and none is named; set devices.trace=FILE.csv.")
     if config.sampling.over_selection > 1 and config.faults.late == "partial":

@@ -13,7 +13,11 @@ class InputError(ValueError):
 def unknown(kind: str, value: str, choices: Iterable[str]) -> InputError:
     """Return the error for a name that is not among `choices`, with the nearest one as a suggestion."""
     names = sorted(choices)
-    # alpha is partition.alpha, learning_rate is learning-rate: what people leave out or write as in Python.
+    # alpha is partition.alpha, learning_rate is learning-rate: what people leave out or write as in Python. And AUROC,
+    # as tables write it, is auroc.
     near = [name for name in names if name.endswith(f".{value}")] or get_close_matches(value, names, n=1)
+    if not near:
+        lower = {name.lower(): name for name in names}
+        near = [lower[match] for match in get_close_matches(value.lower(), lower, n=1)]
     hint = f"did you mean '{near[0]}'? " if near else ""
     return InputError(f"unknown {kind} '{value}'; {hint}Choices: {', '.join(names) or 'none'}.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor, nn
 
-from core.compression import ratio
+from core import records
+from core.compression import uplink_bytes
 from core.config import RunConfig
 from core.data import Split
 from core.devices import Devices, Work, full_work
@@ -33,16 +35,20 @@ class ServerSide:
     """Training examples of each client, (clients,) int64; the mean for those that were not asked."""
     client_of: Callable[[int], int]
     """Node id -> number of its client."""
+    sends: Sequence[str]
+    """Names of what a client sends back: the model's tensors, and kind/name beside them."""
 
-    def expected_seconds(self, server_round: int, clients: np.ndarray, down: int) -> np.ndarray:
-        """Return the virtual seconds (C,) that clients would take for a round's whole work on `down` bytes of model."""
+    def expected_seconds(self, server_round: int, clients: np.ndarray, sent: ArrayRecord) -> np.ndarray:
+        """Return the virtual seconds (C,) that clients would take for a round's whole work on the arrays sent."""
         assert self.devices is not None
         examples = full_work(self.config, self.sizes[clients])[1]
-        return self.devices.seconds(server_round, clients, examples, down, round(down * ratio(self.config)))
+        down = sum(len(array.data) for array in sent.values())
+        up = uplink_bytes(self.config, self.sends, sent)
+        return self.devices.seconds(server_round, clients, examples, down, up)
 
-    def work(self, server_round: int, clients: np.ndarray, down: int) -> Work:
-        """Return what becomes of sampled clients in a round without a deadline, as they will find themselves."""
+    def work(self, clients: np.ndarray, content: RecordDict, deadline: float = 0.0) -> Work:
+        """Return what becomes of sampled clients that receive a training message, as they will find themselves."""
         assert self.devices is not None
-        return self.devices.work(
-            server_round, clients, self.sizes[clients], down, round(down * ratio(self.config)), 0.0
-        )
+        up = uplink_bytes(self.config, self.sends, content.array_records[records.ARRAYS])
+        number, down = records.server_round(content) or 0, records.array_bytes(content)
+        return self.devices.work(number, clients, self.sizes[clients], down, up, deadline)

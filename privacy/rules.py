@@ -54,21 +54,14 @@ def needs(wanted: Mapping[str, Any]) -> dict[str, Any]:
 def check(config: RunConfig, subject: Subject) -> None:
     """Raise `InputError` where a run would not be as private as it says."""
     level = config.privacy.level
-    rules = {"none": (_no_promise,), "client": (_always, _of_clients), "example": (_always, _of_examples)}[level]
-    for rule in rules:
+    if level == "none":
+        return
+    for rule in (_always, _of_clients if level == "client" else _of_examples):
         for sentence in rule(config, subject):
             raise InputError(sentence)
-    if level != "none":
-        _affordable(config, subject)
+    _affordable(config, subject)
     if level == "example":
         fitness.check(subject.model, subject.loss, torch.from_numpy(subject.x), torch.from_numpy(subject.y))
-
-
-def _no_promise(config: RunConfig, subject: Subject) -> Iterator[str]:
-    defaults = RunConfig().flat()
-    for key, value in config.flat().items():
-        if key.startswith("privacy.") and value != defaults[key]:
-            yield f"{key}={value} protects nobody with privacy.level=none; set privacy.level=example or client."
 
 
 def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
@@ -96,10 +89,6 @@ def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
             "or so with standardise=server (means of the server's own examples), or privacy.preprocessing=uncovered to "
             "go on and say so."
         )
-    if own.level != "client" or own.noise != "central":
-        for key, value in {"mechanism": own.mechanism, "clipping": own.clipping}.items():
-            if value not in ("gaussian", "fixed"):
-                yield f"privacy.{key}={value} is for privacy.level=client with privacy.noise=central; drop it."
 
 
 def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
@@ -111,6 +100,9 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
         )
     yield from _delta_too_large(own.delta, config.clients, "clients")
     if own.noise == "local":
+        for key, value in {"mechanism": own.mechanism, "clipping": own.clipping}.items():
+            if value not in ("gaussian", "fixed"):
+                yield f"privacy.{key}={value} is done by the server; set privacy.noise=central, or drop it."
         return
     if not subject.linear:
         yield (
@@ -141,13 +133,6 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
 def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
     own = config.privacy
     yield from _delta_too_large(own.delta, int(subject.sizes.max()), "examples of the largest client")
-    if own.noise != "central":
-        yield (
-            f"privacy.noise={own.noise} is for privacy.level=client; at level example every client adds noise to its "
-            "own steps. Drop it."
-        )
-    if own.weight_cap:
-        yield f"privacy.weight-cap={own.weight_cap} is for privacy.level=client; drop it."
     if not subject.by_example:
         yield (
             f"clients of strategy {config.strategy} use their examples otherwise than in gradient steps, which "

@@ -13,20 +13,23 @@ from reports.load import nested, read_rounds, series
 from reports.markup import Section, cell, element, figure, join, key, paragraph
 from reports.variants import (
     HEADINGS,
+    HOW,
     STRATEGY,
     Interval,
     Row,
     completed,
     costs,
+    failure,
     heading,
-    interval,
     metrics,
     names_of,
     of_clients,
+    of_metric,
     personal,
     summaries,
     table,
     variant_of,
+    warnings,
 )
 from reports.words import SCORES, duration, metric, number, ordered, plural
 
@@ -47,7 +50,8 @@ def write_comparison(path: Path, rows: Sequence[Row], title: str = "", by: str =
     parts = [_overview(rows, by), _curves(rows), _clients(rows, by), _runs(rows, path.parent, by)]
     found = [part for part in parts if part is not None]
     about = element("p", _about(rows, by), class_="about")
-    top = join([element("div", element("h1", title), class_="head"), about])
+    warned = [element("p", f"Warning: {said}", class_="banner warning") for said in warnings(rows)]
+    top = join([element("div", element("h1", title), class_="head"), about, *warned])
     path.write_text(markup.page(title, top, "", found, "Written by Fedra. This page loads nothing."), encoding="utf-8")
     return path
 
@@ -68,8 +72,7 @@ def _overview(rows: Sequence[Row], by: str) -> Section:
     ]
     classes = ["reference" if aside else "" for aside in reference]
     note = (
-        "Mean over completed runs ± half the width of its 95 % confidence interval (Student's t); one run has none. "
-        "The best mean is in colour: where intervals overlap, it may be chance. "
+        f"{HOW} The best mean is in colour: where intervals overlap, it may be chance. "
         "Runs of one seed share partitions and first weights."
     )
     content = [markup.table(headings, body, classes=classes), paragraph(f"{note} {personal(rows)}", quiet=True)]
@@ -97,7 +100,7 @@ def _curve_figure(name: str, curves: Mapping[str, Sequence[tuple[list[int], list
         values = [dict(zip(*run, strict=True)) for run in curves[variant]]
         # Only rounds that all runs reached: a mean over the survivors would bend where a run stops early.
         rounds = sorted(set.intersection(*(set(run) for run in values))) if values else []
-        means = [interval(run[r] for run in values) for r in rounds]
+        means = [of_metric(name, (run[r] for run in values)) for r in rounds]
         longest = max([longest, *rounds])
         if any(m.half_width is not None for m in means):
             traces.append(_band(rounds, means, color))
@@ -108,9 +111,9 @@ def _curve_figure(name: str, curves: Mapping[str, Sequence[tuple[list[int], list
 
 
 def _band(rounds: list[int], means: list[Interval], color: str) -> dict[str, Any]:
-    known = [(r, m.mean, m.half_width or 0.0) for r, m in zip(rounds, means, strict=True) if m.mean is not None]
-    upper = [(r, mean + half) for r, mean, half in known]
-    lower = [(r, mean - half) for r, mean, half in reversed(known)]
+    known = [(r, *m.ends) for r, m in zip(rounds, means, strict=True) if m.mean is not None]
+    upper = [(r, high) for r, _, high in known]
+    lower = [(r, low) for r, low, _ in reversed(known)]
     points = {"x": [r for r, _ in upper + lower], "y": [y for _, y in upper + lower]}
     style = {"fill": "toself", "fillcolor": look.faint(color), "line": {"width": 0}, "hoverinfo": "skip"}
     return {"type": "scatter", "mode": "lines", **points, **style}
@@ -123,7 +126,7 @@ def _clients(rows: Sequence[Row], by: str) -> Section | None:
         names = [n for n in metrics(done) if any(of_clients(row["summary"], n, part) is not None for row in done)]
         if names:
             body = [
-                [variant, *(interval(of_clients(s, name, part) for s in own) for name in names)]
+                [variant, *(of_metric(name, (of_clients(s, name, part) for s in own)) for name in names)]
                 for variant, own in summaries(rows).items()
             ]
             parts += [paragraph(note), markup.table([by, *(metric(n).title for n in names)], body, even=True)]
@@ -143,14 +146,22 @@ def _runs(rows: Sequence[Row], start: Path, by: str) -> Section:
     body = []
     for row in rows:
         summary = row["summary"]
-        report = Path(os.path.relpath(Path(row["path"]) / "report.html", start)).as_posix()
-        link = element("a", "report", href=quote(report))
-        words = [variant_of(row), row["seed"], summary.get("status", ""), link]
+        link: object = ""
+        if row["path"] is not None:
+            report = Path(os.path.relpath(Path(row["path"]) / "report.html", start)).as_posix()
+            link = element("a", "report", href=quote(report))
+        status = str(summary.get("status", ""))
+        words = [variant_of(row), row["seed"], link, f"{status}: {why}" if (why := failure(row)) else status]
         numbers = [number(nested(summary, "metrics", name)) for name in names]
         body.append(
-            [*(cell(word, "text") for word in words), *numbers, summary.get("rounds"), duration(summary.get("seconds"))]
+            [
+                *(cell(word, "text wide" if word is words[-1] else "text") for word in words),
+                *numbers,
+                summary.get("rounds"),
+                duration(summary.get("seconds")),
+            ]
         )
-    headings = [by, "Seed", "Status", "Report", *(metric(name).title for name in names), "Rounds", "Time"]
+    headings = [by, "Seed", "Report", "Status", *(metric(name).title for name in names), "Rounds", "Time"]
     return Section("runs", "Runs", markup.table(headings, body, text=4))
 
 

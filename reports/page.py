@@ -60,7 +60,8 @@ def _head(run: RunData) -> Html:
     pill = element("span", status, class_=f"pill {known}")
     head = element("div", element("h1", _title(run)), pill, class_="head")
     line = element("p", " · ".join(str(part) for part in about if part), class_="about")
-    return markup.join([head, line, _banner(run, known)])
+    warnings = [element("p", f"Warning: {said}", class_="banner warning") for said in summary.get("warnings") or []]
+    return markup.join([head, line, _banner(run, known), *warnings])
 
 
 def _banner(run: RunData, status: str) -> Html:

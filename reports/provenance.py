@@ -44,7 +44,9 @@ def repeat(run: RunData) -> Section:
     """Return the commands that repeat the run and, when it did not end by itself, continue it."""
     folder = run.path.absolute()
     parts = [paragraph("config.toml in the run folder is complete:"), _command("fedra run", folder / "config.toml")]
-    if run.summary.get("status") != "completed":
+    # All rounds without a new model would be none the next time either.
+    in_vain = len(run.rounds) == run.config.get("rounds") and not any(r.get("aggregated", True) for r in run.rounds)
+    if run.summary.get("status") != "completed" and not in_vain:
         parts += [paragraph("Continue from the last finished round:"), _command("fedra run --resume", folder)]
     return Section("repeat", "Repeat this run", join(parts))
 

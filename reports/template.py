@@ -62,7 +62,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberat
 .head { display: flex; flex-wrap: wrap; gap: 10px 14px; align-items: center; }
 .pill { font-size: 13px; font-weight: 600; border-radius: 999px; padding: 3px 12px; white-space: nowrap; }
 .completed { color: var(--good); background: var(--good-soft); }
-.interrupted { color: var(--warn); background: var(--warn-soft); }
+.interrupted, .warning { color: var(--warn); background: var(--warn-soft); }
 .failed { color: var(--bad); background: var(--bad-soft); }
 .about { color: var(--quiet); margin: 6px 0 0; max-width: none; }
 .banner { border-radius: 10px; padding: 10px 16px; margin: 16px 0 0; max-width: none; }

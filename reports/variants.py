@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from reports.load import nested
-from reports.words import finite, metric, number, ordered
+from reports.words import bounded, finite, metric, number, ordered
 
 POOLED, ALONE = "pooled data", "clients alone"
 STRATEGY = "Strategy"
@@ -23,7 +23,16 @@ COSTS: dict[str, tuple[tuple[str, ...], list[tuple[str, float]]]] = {
     "Uplink": (("traffic", "uplink_bytes"), [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]),
     "Backdoor success": (("attack", "backdoor_success"), [("", 1.0)]),
 }
+# Which of them lie between 0 and 1.
+SHARES = ("backdoor_success",)
 Row = Mapping[str, Any]
+
+
+# Below every table of a comparison.
+HOW = (
+    "Means over completed runs with 95 % confidence intervals (Student's t; one run has none): [low\N{EN DASH}high], "
+    "cut to 0 and 1, for metrics that lie between these, \N{PLUS-MINUS SIGN} half the width for other numbers."
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +43,42 @@ class Interval:
     half_width: float | None
     n: int
     digits: int = 3
+    bounded: bool = False
+    """Whether such numbers lie between 0 and 1: what is shown of the interval does too."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return the interval's ends as they are shown; twice the mean where there is no interval."""
+        mean, half = self.mean or 0.0, self.half_width or 0.0
+        low, high = mean - half, mean + half
+        return (max(0.0, low), min(1.0, high)) if self.bounded else (low, high)
 
     def __str__(self) -> str:
+        shown = number(self.mean, self.digits)
         if self.half_width is None:
-            return number(self.mean, self.digits)
-        return f"{number(self.mean, self.digits)} ± {number(self.half_width, self.digits)}"
+            return shown
+        if self.bounded:
+            # Without a space, so that a narrow terminal does not break it.
+            low, high = (number(end, self.digits) for end in self.ends)
+            return f"{shown} [{low}\N{EN DASH}{high}]"
+        return f"{shown} ± {number(self.half_width, self.digits)}"
 
 
-def interval(values: Iterable[object], digits: int = 3) -> Interval:
+def interval(values: Iterable[object], digits: int = 3, bounded: bool = False) -> Interval:
     """Return mean and 95 % confidence interval by Student's t; None and nan do not count."""
     known = [value for value in map(finite, values) if value is not None]
     if len(known) < 2:
-        return Interval(known[0] if known else None, None, len(known), digits)
+        return Interval(known[0] if known else None, None, len(known), digits, bounded)
     from scipy.special import stdtrit
 
     t = float(stdtrit(len(known) - 1, 0.975))
-    return Interval(fmean(known), t * stdev(known) / math.sqrt(len(known)), len(known), digits)
+    half_width = t * stdev(known) / math.sqrt(len(known))
+    return Interval(fmean(known), half_width, len(known), digits, bounded)
+
+
+def of_metric(name: str, values: Iterable[object]) -> Interval:
+    """Return mean and confidence interval of a metric's values."""
+    return interval(values, bounded=bounded(name))
 
 
 def table(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
@@ -64,9 +93,9 @@ def table(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     names = metrics(done)
     out = []
     for variant, own in summaries(rows).items():
-        values = {metric(name).title: interval(nested(s, "metrics", name) for s in own) for name in names}
+        values = {metric(name).title: of_metric(name, (nested(s, "metrics", name) for s in own)) for name in names}
         fare = {
-            heading(part, name): interval(of_clients(s, name, part) for s in own)
+            heading(part, name): of_metric(name, (of_clients(s, name, part) for s in own))
             for name in names[:1]
             for part in HEADINGS
         }
@@ -86,7 +115,9 @@ def details(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
     out = []
     for (variant, own), cost in zip(summaries(rows).items(), costs(rows, by), strict=True):
         fare = (
-            {heading(part, name): interval(of_clients(s, name, part) for s in own) for part in HEADINGS} if name else {}
+            {heading(part, name): of_metric(name, (of_clients(s, name, part) for s in own)) for part in HEADINGS}
+            if name
+            else {}
         )
         out.append({by: variant, **fare, **cost})
     return out
@@ -103,9 +134,29 @@ def costs(rows: Sequence[Row], by: str = STRATEGY) -> list[dict[str, Any]]:
             columns[f"{cost} {unit}".strip()] = (keys, each, 1 if max(known) >= 10 * each else 3)
     out = []
     for variant, own in summaries(rows).items():
-        values = {h: interval((_in(s, keys, each) for s in own), n) for h, (keys, each, n) in columns.items()}
+        values = {
+            h: interval((_in(s, keys, each) for s in own), n, bounded=keys[-1] in SHARES)
+            for h, (keys, each, n) in columns.items()
+        }
         out.append({by: variant, **values})
     return out
+
+
+def failure(row: Row) -> str:
+    """Return why a run failed, on one line; empty where it did not."""
+    if row["summary"].get("status") != "failed":
+        return ""
+    return " ".join(str(row["summary"].get("error") or "the error was not recorded").split())
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each failed run: which it is, and why."""
+    return [f"{variant_of(row)}, seed {row['seed']}: {why}" for row in rows if (why := failure(row))]
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Return what the runs warn of, each sentence once."""
+    return list(dict.fromkeys(said for row in rows for said in row["summary"].get("warnings") or []))
 
 
 def personal(rows: Sequence[Row]) -> str:
@@ -135,9 +186,9 @@ def _baselines(done: Sequence[Row], names: Sequence[str], by: str) -> list[dict[
         for title, kind in ((POOLED, "central"), (ALONE, "local")):
             own = [found[kind] for found in by_seed.values() if found.get(kind)]
             if own:
-                values = {metric(name).title: interval(found.get(name) for found in own) for name in names}
+                values = {metric(name).title: of_metric(name, (found.get(name) for found in own)) for name in names}
                 fare = {
-                    heading(part, n): interval(nested(found, "own_test", n, part) for found in own)
+                    heading(part, n): of_metric(n, (nested(found, "own_test", n, part) for found in own))
                     for n in names[:1]
                     for part in HEADINGS
                 }

@@ -38,6 +38,11 @@ def metric(name: str) -> Metric:
     return METRICS.get(name) or Metric(name.replace("_", " "), name.replace("_", " "))
 
 
+def bounded(name: str) -> bool:
+    """Return whether a metric lies between 0 and 1."""
+    return name in SCORES or name == "ece"
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Return the names, the most telling metric first, each once; unknown ones stand behind the scores."""
     known = list(METRICS)

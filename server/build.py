@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
+from torch import nn
 
 from core import adversary, devices, records
 from core.config import RunConfig
 from core.data import Federation
 from core.errors import InputError, unknown
+from core.idle import refuse_idle
 from core.optimizers import make_optimizer
 from core.processors import processors_of
 from privacy import rules
 from strategies import makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
 from tasks import load
-from tasks.base import build_model
+from tasks.base import Task, build_model
 from tasks.source import federation_of
 
 # Options that repeat the clients' learning rate take it from the run unless they are given.
@@ -27,6 +30,7 @@ _SAMPLING = {"fraction_train", "min_train_nodes", "min_available_nodes"}
 
 def check(config: RunConfig) -> Federation:
     """Return the federation's data after refusing, with `InputError`, whatever would fail later in the run."""
+    refuse_idle([config])
     build_strategy(config)
     for optimizer in (config.optimizer, config.baseline.optimizer):
         make_optimizer(config, config.learning_rate, optimizer)
@@ -34,7 +38,7 @@ def check(config: RunConfig) -> Federation:
     model = build_model(task, config.seed)
     cls = strategy_class(config.strategy)
     if hasattr(cls, "check"):
-        cls.check(config, model)
+        _check_strategy(cls, config, task, model)
     metric = config.early_stopping.metric
     if metric and metric not in task.metrics:
         raise unknown("early-stopping.metric", metric, task.metrics)
@@ -47,10 +51,6 @@ def check(config: RunConfig) -> Federation:
     subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8])
     rules.check(config, subject)
     processors_of(config)
-    if config.compression.rotation and config.compression.kind not in ("int8", "int4"):
-        raise InputError(
-            f"compression.rotation is for int8 and int4, not compression.kind={config.compression.kind}; drop it."
-        )
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
     if "server-examples" in getattr(cls, "settings", {}) and not config.server_examples:
@@ -68,6 +68,22 @@ def check(config: RunConfig) -> Federation:
     if (metric or config.keep == "best") and not federation.validation.sizes.any():
         raise InputError("early stopping and keep=best need validation splits, and these partitions have none.")
     return federation
+
+
+def _check_strategy(cls: Any, config: RunConfig, task: Task, model: nn.Module) -> None:
+    """Let the strategy refuse the run; where it would take another model of the task's, the sentence names it."""
+    try:
+        cls.check(config, model)
+    except InputError as refused:
+        taken = []
+        for name in getattr(task, "models", ()):
+            other = config.with_(model=name)
+            with contextlib.suppress(InputError):
+                cls.check(other, build_model(load(other), config.seed))
+                taken.append(f"model={name}")
+        raise InputError(
+            f"{refused} {config.strategy} takes {' or '.join(taken)}." if taken else str(refused)
+        ) from None
 
 
 def build_strategy(config: RunConfig) -> Strategy:

@@ -12,6 +12,7 @@ from torch import nn
 from core.adversary import malicious, triggered
 from core.config import RunConfig
 from core.data import Split
+from strategies import options_of, strategy_class
 from tasks.base import predict
 
 
@@ -54,6 +55,22 @@ class Malice:
             "weight": self.totals["weight"] / rounds if rounds else None,
             "backdoor_success": backdoor,
         }
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """Return a sentence where clients are malicious and a robust rule is told to expect none; else nothing."""
+    bad = int(malicious(config).sum())
+    options = {**options_of(strategy_class(config.strategy)), **config.strategy_options}
+    if bad and options.get("num-malicious-nodes") == 0:
+        told, remedy = "num-malicious-nodes=0", "as many as a round may have"
+    elif bad and config.strategy == "fedtrimmedavg" and options["beta"] == 0:
+        told, remedy = "beta=0", f"their share, {bad / config.clients:.2g}, or more"
+    else:
+        return []
+    return [
+        f"{config.strategy} is told that nobody is malicious (strategy-options.{told}), but with attack.kind="
+        f"{config.attack.kind} {bad} of {config.clients} clients are; set that to {remedy}."
+    ]
 
 
 def backdoor_success(config: RunConfig, model: nn.Module, central: Split, threshold: float) -> float | None:

@@ -69,6 +69,8 @@ class ObservedGrid(Grid):
         """Of the run, once there is one: how updates are encoded, and when a round ends."""
         self.before_training: Callable[[list[Message]], None] | None = None
         """Hears of a round's messages before they are sent."""
+        self.virtual_seconds: Callable[[int, RecordDict], float] | None = None
+        """(client, message) -> when it answers, where there is virtual time: what it says itself is not believed."""
         self._offered: Sequence[int] | None = None
         self._listed = 0
         self._observed = Observed()
@@ -206,7 +208,11 @@ class ObservedGrid(Grid):
         size = records.array_bytes(reply.content)
         take_in(reply, sent, self.config, server_round, None if self.numbered else self.client_of(node))
         if not self.numbered and reply.has_content():
-            reply.content.config_records[records.CLIENTS][records.UPLINK_BYTES] = [size]
+            rows = reply.content.config_records[records.CLIENTS]
+            rows[records.UPLINK_BYTES] = [size]
+            rows.pop(records.VIRTUAL_SECONDS, None)
+            if self.virtual_seconds and node in self._trained_on and reply.metadata.message_type == "train":
+                rows[records.VIRTUAL_SECONDS] = [self.virtual_seconds(self.client_of(node), self._trained_on[node])]
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)

@@ -17,7 +17,7 @@ Draws belong to (seed, round, client): not to node ids, nor to who else is conne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Selection:
         if self._kind == "uniform":
             return
         self._server, self._evaluate = server, evaluate
+        self._outgoing: Callable[[ArrayRecord], ArrayRecord] = getattr(strategy, "outgoing", lambda arrays: arrays)
         configure_train = strategy.configure_train
 
         def configure(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid_: Grid) -> Iterable[Message]:
@@ -121,7 +122,7 @@ class Selection:
         """Return the virtual seconds (n,) that clients would take for the round; None without virtual time."""
         if self._config.devices.kind == "none":
             return None
-        return self._server.expected_seconds(number, clients, sum(len(array.data) for array in arrays.values()))
+        return self._server.expected_seconds(number, clients, self._outgoing(arrays))
 
     def _oort(
         self, number: int, clients: np.ndarray, wanted: int, uniform: np.ndarray, seconds: np.ndarray | None

@@ -21,16 +21,17 @@ from core.seeding import seed_globals
 from core.server_side import ServerSide
 from reports.page import write_report
 from server import checkpoint as checkpoints
+from server.answers import Answers
 from server.build import build_strategy
 from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
-from server.malice import Malice
+from server.malice import Malice, warnings
 from server.observe import NAMED, Observed, ObservedGrid
 from server.privacy import Privacy
 from server.recorder import Clock, RunFolder, versions
 from server.selection import Selection
 from server.virtual import VirtualClock
-from strategies import is_personal, makes_partial_means
+from strategies import client_half, is_personal, makes_partial_means
 from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
@@ -61,7 +62,7 @@ class Session:
         self.done = 0
         self.steady = {"clients": 0, "seconds": 0.0}
         self.traffic = {"uplink_bytes": 0, "downlink_bytes": 0}
-        self.answers = {"lost": 0, "rejected": 0}
+        self.answers = Answers()
         self.virtual: VirtualClock | None = None
         self.virtual_before: float | None = None
         self.clock = Clock()
@@ -76,7 +77,11 @@ class Session:
             self._restore(self.saved)
 
     def run(self) -> None:
-        """Train all remaining rounds."""
+        """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
+        self._train()
+        self.answers.check(self.done)
+
+    def _train(self) -> None:
         about = self._describe()
         if self.done >= self.config.rounds or self._should_stop():
             return
@@ -128,9 +133,10 @@ class Session:
             "secure_aggregation": None,
             "traffic": self.traffic,
             "virtual_seconds": self.virtual.seconds if self.virtual else self.virtual_before,
-            "answers": self.answers,
+            "answers": self.answers.uncounted,
             "personal": is_personal(self.config),
             "attack": self.malice.summary(kept.get("attack_success")),
+            "warnings": warnings(self.config),
             "versions": versions(),
             "status": status,
             "stopped_by": self.stopped_by or None,
@@ -153,6 +159,7 @@ class Session:
         if about.constants:
             self.folder.write_json("constants.json", about.constants)
         central = federation_of(self.config).central
+        half = client_half(self.config)
         server = ServerSide(
             config=self.config,
             fresh_model=lambda seed: build_model(self.task, seed),
@@ -162,9 +169,12 @@ class Session:
             devices=devices_of(self.config),
             sizes=about.training_sizes(self.config.clients),
             client_of=self.grid.client_of,
+            sends=half.sends(self.model, half.options),
         )
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
+        if self.virtual.seconds is not None:
+            self.grid.virtual_seconds = self.virtual.seconds_of
         if hasattr(self.strategy, "set_up"):
             self.strategy.set_up(server)
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
@@ -251,7 +261,7 @@ class Session:
             self.steady = {"clients": 0, "seconds": 0.0}
         self.steady = {"clients": self.steady["clients"] + clients, "seconds": self.steady["seconds"] + seconds}
         self.traffic = {key: total + row[key] for key, total in self.traffic.items()}
-        self.answers = {key: total + row[key] for key, total in self.answers.items()}
+        self.answers.observe(row, self.config.strategy)
         if evaluation is None:
             return
         self.last = {"round": number, **{key: value for key, value in vars(evaluation).items() if key != "each"}}
@@ -294,7 +304,7 @@ class Session:
             "steady": self.steady,
             "seconds": self.clock.seconds,
             "traffic": self.traffic,
-            "answers": self.answers,
+            "answers": self.answers.state,
             "virtual_seconds": self.virtual.seconds if self.virtual else None,
             "malice": self.malice.totals,
             "selection": self.selection.state(),
@@ -311,7 +321,7 @@ class Session:
         self.best, self.last = progress["best"], progress["last"]
         self.steady, self.traffic = progress["steady"], progress["traffic"]
         self.clock = Clock(progress["seconds"])
-        self.answers, self.virtual_before = progress["answers"], progress["virtual_seconds"]
+        self.answers.state, self.virtual_before = progress["answers"], progress["virtual_seconds"]
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from core import records
@@ -31,13 +31,19 @@ class VirtualClock:
         wanted = self._config.count(self._config.sampled)
         content = messages[0].content
         clients = np.array([self._server.client_of(message.metadata.dst_node_id) for message in messages])
-        work = self._server.work(records.server_round(content) or 0, clients, records.array_bytes(content))
+        work = self._server.work(clients, content)
         # Who is out of reach, or will not finish, is not among the first to answer.
         seconds = np.sort(work.seconds[work.steps > 0])
         last = float(seconds[min(wanted, len(seconds)) - 1]) if len(seconds) else 0.0
         self._deadline = min(last, self._deadline) if self._deadline else last
         for each in {id(message.content): message.content for message in messages}.values():
             each.config_records[records.CONFIG][records.DEADLINE] = self._deadline
+
+    def seconds_of(self, client: int, content: RecordDict) -> float:
+        """Return the virtual seconds after which a client answers a training message: nobody has to be believed."""
+        default = self._config.devices.deadline_seconds
+        deadline = float(records.config_of(content).get(records.DEADLINE, default))
+        return float(self._server.work(np.array([client]), content, deadline).seconds[0])
 
     def advance(self, observed: Observed, strategy: Strategy) -> float | None:
         """Count the round that was observed and return its virtual seconds: until the last answer or the deadline.

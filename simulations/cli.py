@@ -149,13 +149,16 @@ def flower(
 ) -> None:
     """Run somebody else's Flower app, unmodified: fedra flower APP_DIR --nodes 100"""
     from core.config import RunConfig
+    from core.idle import refuse_idle
     from simulations.flower import run_app
     from simulations.flower_app import FlowerApp
     from simulations.run import worker_count
 
     found = FlowerApp.read(app_dir, run_config or [])
     engine = {"engine.workers": int(workers) if workers.isdigit() else workers, "engine.address": address}
-    count = worker_count(RunConfig.of({"clients": nodes, **engine}))
+    config = RunConfig.of({"clients": nodes, **engine})
+    refuse_idle([config])
+    count = worker_count(config)
     where = f"{count} Ray workers" if count else "this process"
     console.print(f"{found.folder.name}: {nodes} nodes in {where}", highlight=False)
     seconds = run_app(found, nodes, count, address, None if seed < 0 else seed)

@@ -13,9 +13,12 @@ from rich.table import Table
 
 from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
+from core.idle import refuse_idle, without_idle
 from reports.compare import write_comparison
-from reports.variants import STRATEGY, details, personal, table
-from simulations.run import check_run, preset, quiet, simulate
+from reports.variants import HOW, STRATEGY, details, failures, personal, table
+from reports.words import plural
+from server.malice import warnings
+from simulations.run import Run, check_run, preset, quiet, simulate
 
 # Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
 COMMA_IS_TEXT = ("dataset", "data-dir", "processors", "devices.trace", "out", "seed", "seeds")
@@ -25,7 +28,8 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     """Run every variant with every seed, print the tables and return the page's path.
 
     A setting may be a list with commas (strategy=fedavg,krum), several make a grid; `seeds` says how many seeds follow
-    `seed`; other settings hold for all. Every configuration is checked before the first run starts.
+    `seed`; other settings hold for all. Every configuration is checked before the first run starts. A run that fails
+    does not count, the others go on, and at the end a `RuntimeError` says so.
     """
     quiet()
     lists, overrides = _lists(overrides)
@@ -45,24 +49,50 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
         for values in product(*lists.values())
         for seed in range(first, first + seeds)
     ]
+    # What acts in some variants may stand beside the others.
+    refuse_idle([config for _, config in planned])
+    planned = [(variant, without_idle(config)) for variant, config in planned]
     for _, config in planned:
         check_run(config)
+    for said in dict.fromkeys(said for _, config in planned for said in warnings(config)):
+        console.print(f"Warning: {said}", markup=False, highlight=False, soft_wrap=True)
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
-    rows = []
+    rows: list[dict[str, Any]] = []
+    errors: list[Exception] = []
     for number, (variant, config) in enumerate(planned, start=1):
         console.print(f"[{number}/{len(planned)}] {variant}, seed {config.seed}", markup=False, highlight=False)
-        run = simulate(config.with_(out=str(folder)))
         row = {"variant": variant, "strategy": config.strategy, "seed": config.seed}
-        rows.append({**row, "path": run.path, "summary": run.summary})
+        rows.append({**row, **_run(config.with_(out=str(folder)), errors)})
     # The page has every metric; a terminal has room for the first three, which are the most telling.
     shown = [{heading: value for heading, value in row.items() if heading != "Runs"} for row in table(rows, by)]
     _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
-    _print("Clients' own test splits, and cost", details(rows, by), by, console, wrap=True)
+    _print("Clients' own test splits, and cost", details(rows, by), by, console)
+    console.print(HOW, markup=False, highlight=False, soft_wrap=True)
     if said := personal(rows):
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     page = write_comparison(folder / "report.html", rows, by=by)
+    for said in failures(rows):
+        console.print(f"Failed: {said}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    if errors:
+        runs = f"{len(errors)} of {plural(len(rows), 'run')}"
+        raise RuntimeError(f"{runs} failed and did not count; the first: {failures(rows)[0]}") from errors[0]
     return page
+
+
+def _run(config: RunConfig, errors: list[Exception]) -> dict[str, Any]:
+    """Return a run's folder and summary; those of one that fails too, whose error is added to `errors`."""
+    folders: list[Path] = []
+    try:
+        run = simulate(config, on_start=lambda path, *_: folders.append(path))
+        return {"path": run.path, "summary": run.summary}
+    except Exception as error:
+        errors.append(error)
+        if folders and (folders[0] / "summary.json").is_file():
+            return {"path": folders[0], "summary": Run.open(folders[0]).summary}
+        # It failed before it had a folder (no worker could start, say), or could not write into it.
+        about = {"task": config.task, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        return {"path": None, "summary": about}
 
 
 def _lists(overrides: Mapping[str, Any]) -> tuple[dict[str, list[Scalar]], dict[str, Any]]:
@@ -83,10 +113,10 @@ def _shown(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
-def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console, wrap: bool = False) -> None:
+def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console) -> None:
     shown = Table(title=title, title_justify="left", box=None)
     for heading in rows[0] if rows else []:
-        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=not wrap or heading == by)
+        shown.add_column(heading, justify="left" if heading == by else "right", no_wrap=heading == by)
     for row in rows:
         shown.add_row(*map(str, row.values()))
     console.print(shown)

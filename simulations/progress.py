@@ -15,7 +15,10 @@ from rich.table import Table
 
 from core.config import RunConfig
 from reports import protection
-from reports.words import duration, metric, number, plural
+from reports.load import nested
+from reports.words import duration, metric, number, plural, size
+from server.answers import NothingLearntError
+from server.malice import warnings
 from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
@@ -56,7 +59,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if kind is not None and self.folder is not None and RunFolder.open(self.folder).rounds_done():
+        if kind is None or self.folder is None or not RunFolder.open(self.folder).rounds_done():
+            return
+        if issubclass(kind, NothingLearntError):
+            self.print(f"Run folder: {self.folder}")
+        else:
             self.print(f"Saved up to the last finished round. Continue with: fedra run --resume {self.folder}")
 
     def start(self, folder: Path, config: RunConfig, done: int) -> None:
@@ -73,6 +80,8 @@ class Progress:
             f"{plural(config.rounds, 'round')}, seed {config.seed}; "
             f"cohorts of {min(config.engine.cohort_size, sampled)} in {where}{gpu}."
         )
+        for sentence in warnings(config):
+            self.print(f"Warning: {sentence}")
         if done:
             self.print(f"Resumed after round {done}.")
         self._bar.update(self._task, completed=done)
@@ -109,37 +118,48 @@ class Progress:
     def summarise(self, run: Run) -> None:
         """Show the final metrics beside the baselines, and where the report is."""
         summary = run.summary
-        table = Table(title="Central test set", title_justify="left", box=None, padding=(0, 3, 0, 0))
-        table.add_column("")
-        for name in self.metrics:
-            table.add_column(metric(name).title, justify="right")
-        columns = {f"federated ({summary['strategy']})": summary["metrics"]}
-        if summary["baselines"]:
-            columns |= {
-                "pooled data": summary["baselines"]["central"],
-                "clients alone (mean)": summary["baselines"]["local"],
-            }
-        for title, metrics in columns.items():
-            table.add_row(title, *(number(metrics.get(name), 4) for name in self.metrics))
-        self.console.print(table)
+        baselines = summary["baselines"] or {}
+        rows = {f"federated ({summary['strategy']})": summary["metrics"]}
+        if baselines:
+            rows |= {"pooled data": baselines["central"], "clients alone (mean)": baselines["local"]}
+        self._table("Central test set", rows)
+        if summary["personal"]:
+            whose = {"clients' own models": summary["clients_metrics"]}
+            if own := baselines.get("local", {}).get("own_test"):
+                whose["clients alone"] = own
+            self._table("Clients' own test splits", {
+                f"{who} ({part})": {name: nested(spread, name, part) for name in self.metrics}
+                for who, spread in whose.items() for part in ("mean", "worst")
+            })  # fmt: skip
         stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
-        for line in _remarks(summary):
+        for line in _remarks(summary, self.config.compression.kind):
             self.print(line)
         for line in protection.lines(summary["privacy"]):
             self.print(line)
         self.print(f"Run folder: {run.path}")
         self.print(f"Report:     {run.path / 'report.html'}")
 
+    def _table(self, title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 3, 0, 0))
+        table.add_column("")
+        for name in self.metrics:
+            table.add_column(metric(name).title, justify="right")
+        for row, metrics in rows.items():
+            table.add_row(row, *(number(metrics.get(name), 4) for name in self.metrics))
+        self.console.print(table)
+
     def print(self, text: str) -> None:
         """Print a line above the bar without wrapping: paths must stay whole."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _remarks(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line each on virtual time, answers that did not count and malicious clients, where there are such."""
+def _remarks(summary: Mapping[str, Any], compression: str) -> Iterator[str]:
+    """Yield a line each on virtual time, compressed updates, missing answers and attackers, where there are such."""
     if (seconds := summary["virtual_seconds"]) is not None:
         yield f"Virtual time: {duration(seconds)} on the clients' devices."
+    if compression != "none":
+        yield f"Uplink: {size(summary['traffic']['uplink_bytes'])} from all clients, updates as {compression}."
     lost, rejected = summary["answers"]["lost"], summary["answers"]["rejected"]
     if lost or rejected:
         yield f"Answers that did not count: {lost:,} lost, {rejected:,} rejected."

@@ -22,6 +22,7 @@ from core.config import RunConfig, dotted, read_toml
 from core.data import Federation
 from core.device import decide_device, device_of
 from core.errors import InputError, unknown
+from core.idle import put_out_of_action
 from core.records import load_into
 from privacy import rules
 from reports.words import plural
@@ -87,7 +88,8 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
     """Return a preset (a name, or a TOML file) with settings changed.
 
     `overrides` has dotted keys; keywords write them with underscores: preset("smoke", rounds=3, engine__workers=0). A
-    file `<preset>.strategies.toml` beside the preset may hold settings of its own for each strategy.
+    file `<preset>.strategies.toml` beside the preset may hold settings of its own for each strategy. A setting of the
+    preset's that the changes put out of action returns to its default.
     """
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not name.endswith(".toml") and not path.is_file():
@@ -99,7 +101,8 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
     if own.is_file():
         prefix = f"{strategy}."
         flat |= {k.removeprefix(prefix): v for k, v in read_toml(own).items() if k.startswith(prefix)}
-    return RunConfig.of({**needs(strategy), **rules.needs({**flat, **wanted}), **flat, **wanted})
+    defaults = {**needs(strategy), **rules.needs({**flat, **wanted})}
+    return put_out_of_action(RunConfig.of({**defaults, **flat, **wanted}), wanted)
 
 
 def preset_names() -> list[str]:

@@ -11,7 +11,8 @@ import math
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
 
 from core.config import RunConfig, Scalar
 from core.errors import InputError, unknown
+from core.idle import refuse_idle, without_idle
 from core.metrics import HIGHER_IS_BETTER
 from core.seeding import derive
 from simulations.run import PRESETS, check_run, preset, quiet, simulate
@@ -34,6 +37,7 @@ from tasks import load
 
 TRIALS = 20
 DATABASE = "study.db"
+LOCK = "study.lock"
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 # A median needs a few trials, and the first rounds favour whatever is fast at the start.
 COMPARED, WARMUP_ROUNDS, WARMUP_SHARE = 5, 2, 0.25
@@ -53,10 +57,15 @@ def tune(
     """
     quiet()
     space = Space.of(settings)
-    configs = [preset(name, space.settings(params)) for params in space.examples()]
-    metric = metric or configs[0].early_stopping.metric or load(configs[0]).metrics[0]
-    for config in configs:
-        _check(config, metric)
+    configs = []
+    for params in space.examples():
+        with _named(params, settings):
+            configs.append(preset(name, space.settings(params)))
+            metric = metric or configs[0].early_stopping.metric or load(configs[0]).metrics[0]
+            _check(without_idle(configs[-1]), metric)
+    with _named(dict.fromkeys(space.searched, 0), settings):
+        # What acts in some trials may stand beside the others.
+        refuse_idle(configs)
     first = configs[0]
     folder = _make_folder(Path(first.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-tune-{first.preset}")
     source = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
@@ -66,11 +75,12 @@ def tune(
             shutil.copy(file, folder / "preset")
     place = {"data-dir": str(Path(first.data_dir).absolute())} if first.data_dir else {}
     direction: Literal["maximize", "minimize"] = "maximize" if HIGHER_IS_BETTER.get(metric, True) else "minimize"
-    study = optuna.create_study(study_name="tune", storage=_storage(folder), direction=direction)
-    about = {"preset": source.name, "settings": {**settings, **place}, "metric": metric, "trials": trials}
-    for key, value in about.items():
-        study.set_user_attr(key, value)
-    return Search(folder, study, console).run()
+    with _alone(folder):
+        study = optuna.create_study(study_name="tune", storage=_storage(folder), direction=direction)
+        about = {"preset": source.name, "settings": {**settings, **place}, "metric": metric, "trials": trials}
+        for key, value in about.items():
+            study.set_user_attr(key, value)
+        return Search(folder, study, console).run()
 
 
 def resume_tune(folder: Path, *, trials: int | None = None, console: Console | None = None) -> Path:
@@ -79,17 +89,18 @@ def resume_tune(folder: Path, *, trials: int | None = None, console: Console | N
     folder = folder.absolute()
     if not (folder / DATABASE).is_file():
         raise InputError(f"{folder} is not the folder of a search: it has no {DATABASE}; `fedra tune` makes one.")
-    study = optuna.load_study(study_name="tune", storage=_storage(folder))
-    search = Search(folder, study, console)
-    done, wanted = len(search.records()), trials or search.trials
-    if wanted < done or (wanted == done and status_of(folder) == "completed"):
-        raise InputError(
-            f"{folder} has {done} trials already, and --trials counts these too; "
-            f"give more, for example --trials {done + 10}."
-        )
-    study.set_user_attr("trials", wanted)
-    search.trials = wanted
-    return search.run()
+    with _alone(folder):
+        study = optuna.load_study(study_name="tune", storage=_storage(folder))
+        search = Search(folder, study, console)
+        done, wanted = len(search.records()), trials or search.trials
+        if wanted < done or (wanted == done and status_of(folder) == "completed"):
+            raise InputError(
+                f"{folder} has {done} trials already, and --trials counts these too; "
+                f"give more, for example --trials {done + 10}."
+            )
+        study.set_user_attr("trials", wanted)
+        search.trials = wanted
+        return search.run()
 
 
 class Search:
@@ -192,7 +203,7 @@ class Search:
 
         try:
             # Baselines are no part of the value.
-            config = self.config(params).with_(out=str(self.folder / "runs"), baselines=False)
+            config = without_idle(self.config(params).with_(out=str(self.folder / "runs"), baselines=False))
             run = simulate(config, on_start=lambda path, *_: folders.append(path), on_round=on_round)
         except Exception as error:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -213,6 +224,23 @@ class Search:
         return preset(self.preset, self.space.settings(params))
 
 
+@contextmanager
+def _named(params: Mapping[str, Scalar], settings: Mapping[str, Any]) -> Iterator[None]:
+    """Add to an `InputError` which of the searched settings it speaks of, as they were written.
+
+    The sentence itself names the value that was tried, which nobody wrote.
+    """
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        meant = [key for key, value in params.items() if key in said or (isinstance(value, str) and value in said)]
+        if not meant:
+            raise
+        searched = " ".join(f"{key}={settings[key]}" for key in meant)
+        raise InputError(f"{said} This comes of searching {searched}; narrow that.") from None
+
+
 def _check(config: RunConfig, metric: str) -> None:
     """Refuse a configuration that a trial could have and that cannot run, or that lacks the metric."""
     federation, metrics = check_run(config), load(config).metrics
@@ -220,6 +248,23 @@ def _check(config: RunConfig, metric: str) -> None:
         raise unknown("metric", metric, metrics)
     if not federation.validation.sizes.any():
         raise InputError("fedra tune needs validation splits, and these partitions have none; make partitions larger.")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the search: two would each take the other's running trial for a broken one.
+
+    The system lets go of the lock when a process ends, however it ends.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is being searched by another process; wait until it ends, or end it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_folder(base: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from core.config import RunConfig
 from core.metrics import HIGHER_IS_BETTER
 from reports.page import write_report
 from reports.tune_page import write_tune_page
@@ -25,7 +26,9 @@ def write_results(search: Search) -> dict[str, Any]:
     before = preset(search.preset).flat()
     if best is not None:
         run = folder / best["run"]
-        config = RunFolder.open(run).config.with_(out=search.first.out, baselines=search.first.baselines)
+        # Trials make no baselines; the preset's run does, as it was set up.
+        own = {k: v for k, v in search.first.flat().items() if k.startswith("baseline") or k == "out"}
+        config = RunConfig.of({**RunFolder.open(run).config.flat(), **own})
         (folder / "best.toml").write_text(config.toml(), encoding="utf-8")
         if completed:
             best = {**best, "test_metrics": Run.open(run).metrics}

@@ -5,6 +5,9 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 - a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;
 - a static `initial_state(r: LocalRound) -> {kind: tensors}`: what a client keeps between rounds, as it begins;
 - a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
+- a static `sends(model, options) -> names`: what its clients send back where that is not the model: its tensors, and
+  `kind/name` beside them; virtual time counts it;
+- `outgoing(arrays) -> arrays`: what is sent to clients, where that is not the model alone;
 - `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
 - a static `check(config, model)` that raises `InputError` where it cannot work;
 - `private_by_example = True`: its client half uses examples in gradient steps only (`local_sgd`), which DP-SGD covers;
@@ -16,17 +19,18 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
+from torch import nn
 
 from core.config import RunConfig
 from core.errors import InputError
 from core.plugins import first_line, foreign
 from core.plugins import load as load_plugin
-from core.records import Tensors
+from core.records import Tensors, travelling
 from core.training import LocalRound, LocalUpdateFn, local_sgd
 
 _FLOWER = "flwr.serverapp.strategy:"
@@ -87,7 +91,11 @@ STRATEGIES = {
     ),
     "feddf": Entry("strategies.server_examples:FedDF", "ensemble distillation on the server (Lin et al. 2020)", False),
     "fedasync": Entry("strategies.asynchronous:FedAsync", "a step for every answer (Xie et al. 2019)", False),
-    "fedbuff": Entry("strategies.asynchronous:FedBuff", "a step for a buffer of answers (Nguyen et al. 2022)", False),
+    "fedbuff": Entry(
+        "strategies.asynchronous:FedBuff",
+        "a step for a buffer of answers, `sampled` at most (Nguyen et al. 2022)",
+        False,
+    ),
 }
 
 GROUP = "fedra.strategies"
@@ -190,7 +198,9 @@ class ClientHalf:
     """What a client without a past keeps, (...) by kind and name; the round has no state yet."""
     personal_model: Callable[[LocalRound], Tensors] | None
     """The cohort's own models (C, ...) by name, which its clients evaluate; None where that is the global model."""
-    options: dict[str, object]
+    sends: Callable[[nn.Module, Mapping[str, Any]], Sequence[str]]
+    """(model, options) -> names of what a client sends back: the model's tensors, and kind/name beside them."""
+    options: dict[str, Any]
     """The strategy's options as configured, with hyphens."""
 
 
@@ -201,5 +211,6 @@ def client_half(config: RunConfig) -> ClientHalf:
         getattr(cls, "local_update", local_sgd),
         getattr(cls, "initial_state", lambda r: {}),
         getattr(cls, "personal_model", None),
+        getattr(cls, "sends", lambda model, options: list(travelling(model))),
         {**options_of(cls), **config.strategy_options},
     )

@@ -33,23 +33,15 @@ from core.server_side import ServerSide
 from strategies.requirements import trainable
 
 
-class FedBuff(strategy.FedAvg):
-    """The server steps after every `buffer_size` answers, by the mean of their stale updates."""
+class _WithoutRounds(strategy.FedAvg):
+    """Keeps the virtual clock, and hands each step the answers that came by then."""
 
     settings: ClassVar[dict[str, Any]] = {"devices.kind": "lognormal"}
+    buffer_size = 1
+    """Answers that a step of the server waits for."""
 
-    def __init__(
-        self,
-        *,
-        buffer_size: int = 10,
-        server_learning_rate: float = 1.0,
-        staleness_exponent: float = 0.5,
-        **fedavg: Any,
-    ) -> None:
-        if buffer_size < 1:
-            raise ValueError("buffer-size must be at least 1")
+    def __init__(self, *, staleness_exponent: float = 0.5, **fedavg: Any) -> None:
         super().__init__(**fedavg)
-        self.buffer_size, self.server_learning_rate = int(buffer_size), server_learning_rate
         self.staleness_exponent = staleness_exponent
         self.virtual_seconds = 0.0
         self.flying: list[list[float]] = []
@@ -84,7 +76,7 @@ class FedBuff(strategy.FedAvg):
         nodes = list(grid.get_node_ids())
         self.due = {}
         self._launch(version, self.min_train_nodes - len(self.flying), nodes)
-        while len(self.due) < min(self.buffer_size, self.min_train_nodes):
+        while len(self.due) < self.buffer_size:
             first = min(self.flying)
             self.flying.remove(first)
             self.virtual_seconds = first[0]
@@ -118,15 +110,8 @@ class FedBuff(strategy.FedAvg):
         return new, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def step(self, model: dict[str, np.ndarray], answers: list[_Answer]) -> dict[str, np.ndarray]:
-        """Return the global model moved by the buffer's stale updates."""
-        total = {name: np.zeros(value.shape) for name, value in model.items()}
-        for staleness, trained, began in answers:
-            for name in total:
-                # Statistics move towards the answer's own: a stale difference could make a variance negative.
-                origin = began[name] if name in self.names else model[name]
-                total[name] += self.discount(staleness) * (trained[name] - origin)
-        eta = {name: self.server_learning_rate if name in self.names else 1.0 for name in model}
-        return {name: model[name] + eta[name] / len(answers) * total[name] for name in model}
+        """Return the global model moved by the answers."""
+        raise NotImplementedError
 
     def discount(self, staleness: int) -> float:
         """Return s(t) = (1 + t)^-a."""
@@ -149,18 +134,54 @@ class FedBuff(strategy.FedAvg):
             node = idle[int(rng(self.server.config.seed, "launch", self.launched).integers(len(idle)))]
             self.launched += 1
             client = np.array([self.server.client_of(node)])
-            sent = sum(len(array.data) for array in self.versions[version].values())
-            [seconds] = self.server.expected_seconds(version + 1, client, sent).tolist()
+            [seconds] = self.server.expected_seconds(version + 1, client, self.versions[version]).tolist()
             self.flying.append([self.virtual_seconds + seconds, node, version])
 
 
-class FedAsync(FedBuff):
+class FedBuff(_WithoutRounds):
+    """The server steps after every `buffer_size` answers, by the mean of their stale updates.
+
+    Where no `buffer_size` is asked for it is 10, or `sampled` where that is less.
+    """
+
+    def __init__(self, *, buffer_size: int = 10, server_learning_rate: float = 1.0, **options: Any) -> None:
+        if buffer_size < 1:
+            raise ValueError("buffer-size must be at least 1")
+        super().__init__(**options)
+        # Never more than are at work; `check` has refused more that was asked for.
+        self.buffer_size = min(int(buffer_size), self.min_train_nodes)
+        self.server_learning_rate = server_learning_rate
+
+    @staticmethod
+    def check(config: RunConfig, model: nn.Module) -> None:
+        """Refuse also a buffer that clients at work could never fill."""
+        _WithoutRounds.check(config, model)
+        size, at_work = config.strategy_options.get("buffer-size", 1), config.count(config.sampled)
+        if isinstance(size, int | float) and size > at_work:
+            raise InputError(
+                f"strategy-options.buffer-size={size:g} is more than the {at_work} clients at work at a time; "
+                f"lower it to {at_work} or less, or raise sampled."
+            )
+
+    def step(self, model: dict[str, np.ndarray], answers: list[_Answer]) -> dict[str, np.ndarray]:
+        """Return the global model moved by the buffer's stale updates."""
+        total = {name: np.zeros(value.shape) for name, value in model.items()}
+        for staleness, trained, began in answers:
+            for name in total:
+                # Statistics move towards the answer's own: a stale difference could make a variance negative.
+                origin = began[name] if name in self.names else model[name]
+                total[name] += self.discount(staleness) * (trained[name] - origin)
+        eta = {name: self.server_learning_rate if name in self.names else 1.0 for name in model}
+        return {name: model[name] + eta[name] / len(answers) * total[name] for name in model}
+
+
+class FedAsync(_WithoutRounds):
     """The server steps after every answer, towards the model that came."""
 
-    def __init__(self, *, mixing: float = 0.6, staleness_exponent: float = 0.5, **fedavg: Any) -> None:
+    def __init__(self, *, mixing: float = 0.6, **options: Any) -> None:
         if not 0 < mixing <= 1:
             raise ValueError("mixing must be above 0 and up to 1")
-        super().__init__(buffer_size=1, staleness_exponent=staleness_exponent, **fedavg)
+        super().__init__(**options)
         self.mixing = mixing
 
     def step(self, model: dict[str, np.ndarray], answers: list[_Answer]) -> dict[str, np.ndarray]:

@@ -59,11 +59,15 @@ class IFCA(strategy.FedAvg):
         """Return what clients need to find their own model: all of them."""
         return bundle.join(arrays, {f"{CLUSTER}-{k}": to_arrays(model) for k, model in enumerate(self.models)})
 
+    def outgoing(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return all models: those who train look for their own too."""
+        return self.for_evaluation(arrays)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send all models to the round's clients."""
-        return super().configure_train(server_round, self.for_evaluation(arrays), config, grid)
+        return super().configure_train(server_round, self.outgoing(arrays), config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -31,6 +31,10 @@ class Linear(strategy.FedAvg):
         """Return what is sent to clients beside the model, by kind and name."""
         return {}
 
+    def outgoing(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the model with what is sent beside it."""
+        return bundle.join(arrays, {kind: to_arrays(own) for kind, own in self.beside().items()})
+
     def combine(self, mean: Vectors, beside: dict[str, Vectors], metrics: MetricRecord, weight: float) -> Vectors:
         """Return the new global model from the weighted mean of the clients' models and of what came beside them.
 
@@ -43,8 +47,7 @@ class Linear(strategy.FedAvg):
     ) -> Iterable[Message]:
         """Send the global model, and what stands beside it, to the round's clients."""
         self.current = {name: to_numpy(array) for name, array in arrays.items()}
-        sent = bundle.join(arrays, {kind: to_arrays(own) for kind, own in self.beside().items()})
-        return super().configure_train(server_round, sent, config, grid)
+        return super().configure_train(server_round, self.outgoing(arrays), config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -8,6 +8,7 @@ statistics are averaged. Uplink and downlink are twice those of FedAvg.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from core.config import RunConfig
 from core.errors import InputError
+from core.records import travelling
 from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, global_gradient, local_sgd
 from strategies.linear import Uniform, Vectors
@@ -56,6 +58,11 @@ class MimeLite(Uniform):
         beta, gradient = self.server_momentum, beside[MOMENTUM]
         self.momentum = {n: ((1 - beta) * gradient[n] + beta * m).astype(np.float32) for n, m in self.momentum.items()}
         return mean
+
+    @staticmethod
+    def sends(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
+        """Return the model's tensors, and as much beside them."""
+        return [*travelling(model), *(f"{MOMENTUM}/{n}" for n, p in model.named_parameters() if p.requires_grad)]
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:

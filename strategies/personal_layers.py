@@ -12,7 +12,7 @@ its central metrics say little. Uplink is smaller by what stays.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,11 @@ class FedBN(Linear):
     def initial_state(r: LocalRound) -> dict[str, Tensors]:
         """Return the global model's normalisation layers as they are when a client first trains."""
         return {PERSONAL: {name: r.global_params[name] for name in _normalisation(r.model)}}
+
+    @staticmethod
+    def sends(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
+        """Return the names of what is not normalisation."""
+        return _others(model, _normalisation(model))
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
@@ -80,6 +85,11 @@ class FedPer(Linear):
     def initial_state(r: LocalRound) -> dict[str, Tensors]:
         """Return the global model's last layers."""
         return {PERSONAL: {name: r.global_params[name] for name in head(r.model, r.options["personal-layers"])}}
+
+    @staticmethod
+    def sends(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
+        """Return the names of the body."""
+        return _others(model, head(model, options["personal-layers"]))
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:
@@ -145,6 +155,11 @@ def _owners(model: nn.Module) -> list[str]:
 def _normalisation(model: nn.Module) -> list[str]:
     own = {name for name, module in model.named_modules() if isinstance(module, _NORMALISATION)}
     return [name for name in travelling(model) if name.rpartition(".")[0] in own]
+
+
+def _others(model: nn.Module, personal: Collection[str]) -> list[str]:
+    """Return the names of all that travels but personal layers."""
+    return [name for name in travelling(model) if name not in personal]
 
 
 def _kept(update: LocalUpdate, personal: Collection[str]) -> LocalUpdate:

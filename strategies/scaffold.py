@@ -8,6 +8,7 @@ Uplink and downlink are twice those of FedAvg.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from flwr.app import MetricRecord
 from torch import nn
 
 from core.config import RunConfig
-from core.records import Tensors
+from core.records import Tensors, travelling
 from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Uniform, Vectors
@@ -64,6 +65,11 @@ class Scaffold(Uniform):
     def initial_state(r: LocalRound) -> dict[str, Tensors]:
         """Return c_i = 0."""
         return {CONTROL: {name: torch.zeros_like(p) for name, p in r.global_params.items()}}
+
+    @staticmethod
+    def sends(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
+        """Return the model's tensors, and as much beside them."""
+        return [*travelling(model), *(f"{CONTROL}/{n}" for n, p in model.named_parameters() if p.requires_grad)]
 
     @staticmethod
     def local_update(r: LocalRound) -> LocalUpdate:

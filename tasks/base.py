@@ -22,7 +22,11 @@ Standardise = Literal["federated", "local", "server", "none"]
 
 
 class Task(Protocol):
-    """Data, model, loss and metrics of a learning problem, made from a `RunConfig`. It loads data only when asked."""
+    """Data, model, loss and metrics of a learning problem, made from a `RunConfig`. It loads data only when asked.
+
+    It may also have `models`, a mapping from the names that `model=` takes: a strategy that refuses the configured
+    model is then tried with the others, to say which it would take.
+    """
 
     labels: tuple[str, ...]
     """Names of the classes; label k of the data is labels[k]."""

@@ -11,42 +11,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from core.config import RunConfig
-from core.data import Federation
 from core.seeding import rng
-from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss
-from tasks.partition import federate
+from tasks.base import Dataset, Table, choose
+from tasks.many_classes import ManyClasses
 
 LABELS = tuple(str(digit) for digit in range(10))
 SIDE, ROTATIONS = 8, 4
 CHANNELS, HIDDEN = (16, 32), 64
 
 
-class Digits:
-    """Which of ten digits a small image shows; logits (B, 10)."""
+class Digits(ManyClasses):
+    """Which of ten digits a small image shows: x (B, 1, 8, 8) float32 in [0, 1] -> logits (B, 10)."""
 
-    labels: tuple[str, ...] = LABELS
-    metrics: tuple[str, ...] = ("loss", "accuracy", "macro_f1", "auroc", "ece")
-    standardise: Standardise = "none"
-    tuned_threshold = False
+    labels = LABELS
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         _, self.dataset = choose(DATASETS, config)
-
-    def federation(self) -> Federation:
-        """Return all clients' images x (n, 1, 8, 8) float32 in [0, 1] and digits y (n,) int64, and the central test."""
-        return federate(self.dataset.read(self.config, None), self.config)
-
-    def model(self) -> nn.Module:
-        """Return the configured network, freshly initialised: images (B, 1, 8, 8) float32 -> logits (B, 10)."""
-        return choose_model({"cnn": cnn, "mlp": mlp, "cnn-batchnorm": lambda: cnn(nn.BatchNorm2d)}, self.config)
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return each example's cross-entropy, (B,)."""
-        return classification_loss(logits, y)
+        self.models = {"cnn": cnn, "mlp": mlp, "cnn-batchnorm": lambda: cnn(nn.BatchNorm2d)}
 
 
 def cnn(norm: type[nn.BatchNorm2d] | None = None) -> nn.Module:

@@ -36,6 +36,7 @@ class Fraud:
         self.config = config
         _, self.dataset = choose(DATASETS, config)
         self.labels = self.dataset.labels
+        self.models = {"mlp": self._mlp, "logistic": self._logistic}
 
     def federation(self) -> Federation:
         """Return the raw clients and the central test set; `InputError` names a missing file, column or wrong line."""
@@ -44,20 +45,19 @@ class Fraud:
 
     def model(self) -> nn.Module:
         """Return a small network or logistic regression: x (B, features) float32 -> logits (B,)."""
-        features, (wide, narrow) = self.dataset.features, HIDDEN
-
-        def mlp() -> nn.Module:
-            hidden = nn.Linear(features, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU()
-            return nn.Sequential(*hidden, nn.Linear(narrow, 1), nn.Flatten(0))
-
-        def logistic() -> nn.Module:
-            return nn.Sequential(nn.Linear(features, 1), nn.Flatten(0))
-
-        return choose_model({"mlp": mlp, "logistic": logistic}, self.config)
+        return choose_model(self.models, self.config)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return each example's binary cross-entropy, (B,), frauds weighted by `positive-weight`."""
         return classification_loss(logits, y, self.config.positive_weight)
+
+    def _mlp(self) -> nn.Module:
+        wide, narrow = HIDDEN
+        hidden = nn.Linear(self.dataset.features, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU()
+        return nn.Sequential(*hidden, nn.Linear(narrow, 1), nn.Flatten(0))
+
+    def _logistic(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(self.dataset.features, 1), nn.Flatten(0))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Medical:
         self.labels = self.dataset.labels
         # FLamby lets each hospital standardise with its own constants; measurements there are not comparable.
         self.standardise: Standardise = "local" if self.name == "heart" else "federated"
+        self.models = _models(self.dataset.features, logistic_first=self.name == "heart")
 
     def federation(self) -> Federation:
         """Return the clients' raw features (n, 30 or 13) float32, labels int64 in {0, 1}, and the central test set."""
@@ -58,7 +59,7 @@ class Medical:
 
     def model(self) -> nn.Module:
         """Return a small network, or logistic regression where FLamby takes it."""
-        return choose_model(_models(self.dataset.features, logistic_first=self.name == "heart"), self.config)
+        return choose_model(self.models, self.config)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return binary cross-entropy, (B,)."""

@@ -53,6 +53,11 @@ class Nlp:
         self.labels = self.dataset.labels
         own = ("auroc", "f1") if len(self.labels) == 2 else ("macro_f1", "auroc")
         self.metrics = ("loss", "accuracy", *own, "ece")
+        classes, length = len(self.labels), self.dataset.features
+        self.models = {
+            "embedding": lambda: BagOfEmbeddings(BUCKETS, classes),
+            "transformer": lambda: TextTransformer(BUCKETS, classes, length),
+        }
 
     def federation(self) -> Federation:
         """Return all clients' tokens x (n, length) int64 and labels, and the central test set."""
@@ -61,12 +66,7 @@ class Nlp:
 
     def model(self) -> nn.Module:
         """Return the configured model: logits (B,) for two classes, else (B, classes)."""
-        classes, length = len(self.labels), self.dataset.features
-        models = {
-            "embedding": lambda: BagOfEmbeddings(BUCKETS, classes),
-            "transformer": lambda: TextTransformer(BUCKETS, classes, length),
-        }
-        return choose_model(models, self.config)
+        return choose_model(self.models, self.config)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return each example's cross-entropy, (B,)."""

@@ -25,14 +25,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from core.config import RunConfig
-from core.data import Federation
 from core.errors import InputError
 from core.seeding import rng
-from tasks.base import Dataset, Standardise, Table, choose, choose_model, classification_loss
-from tasks.partition import federate
+from tasks.base import Dataset, Table, choose
+from tasks.many_classes import ManyClasses
 
 FEATURES, CLASSES = 60, 10
 LABELS = tuple(f"class {k}" for k in range(CLASSES))
@@ -41,13 +40,10 @@ DEVIATIONS = np.arange(1, FEATURES + 1) ** -0.6
 """(60,) float64: the roots of Sigma's diagonal."""
 
 
-class Synthetic:
+class Synthetic(ManyClasses):
     """Ten classes drawn from a linear model per client, as far apart as dataset=ALPHA,BETA says (FedProx's data)."""
 
-    labels: tuple[str, ...] = LABELS
-    metrics: tuple[str, ...] = ("loss", "accuracy", "macro_f1", "auroc", "ece")
-    standardise: Standardise = "none"
-    tuned_threshold = False
+    labels = LABELS
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -55,18 +51,8 @@ class Synthetic:
         # Any two numbers will do; those of the paper have names and a line in `fedra list`.
         table = DATASETS if given is None else {config.dataset: _dataset("", *given)} | DATASETS
         _, self.dataset = choose(table, config)
-
-    def federation(self) -> Federation:
-        """Return all clients' x (n, 60) float32 and y (n,) int64 in 0..9, and the central test set."""
-        return federate(self.dataset.read(self.config, None), self.config)
-
-    def model(self) -> nn.Module:
-        """Return multinomial logistic regression: x (B, 60) float32 -> logits (B, 10)."""
-        return choose_model({"logistic": lambda: nn.Linear(FEATURES, CLASSES)}, self.config)
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return each example's cross-entropy, (B,)."""
-        return classification_loss(logits, y)
+        # Multinomial logistic regression: x (B, 60) float32 -> logits (B, 10).
+        self.models = {"logistic": lambda: nn.Linear(FEATURES, CLASSES)}
 
 
 @dataclass(frozen=True)

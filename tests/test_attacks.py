@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_personalisation import _line, _round
 
 from client.attacks import Attack
 from core.adversary import malicious, poisoned, triggered
 from core.config import RunConfig
 from core.errors import InputError
-from core.training import LocalUpdate
+from core.training import LocalRound, LocalUpdate
+from server.malice import warnings
+from simulations.progress import Progress
 from simulations.run import Run, simulate
 
 Smoke = Callable[..., RunConfig]
@@ -64,6 +68,31 @@ def test_what_malicious_clients_send_by_hand(kind: str, options: dict[str, Any],
     assert bad.sum() == 2
     assert sent[~bad] == pytest.approx(HONEST[~bad])
     assert sent[bad] == pytest.approx(wanted(HONEST[bad], HONEST[bad]), abs=1e-5)
+
+
+def test_colluders_train_once_for_a_round_and_a_global_model() -> None:
+    attack = Attack.of(_config("ipm"))
+    assert attack is not None
+    first = replace(_round(_line(), sizes=(1, 1, 1, 1), batch_size=1, rate=0.1), config={"server-round": 1})
+    trained: list[list[int]] = []
+
+    def honest(clients: list[int]) -> LocalUpdate:
+        trained.append(clients)
+        params = {n: g.expand(len(clients), *g.shape) + len(trained) for n, g in first.global_params.items()}
+        return LocalUpdate(params, torch.zeros(len(clients)))
+
+    def sent(r: LocalRound) -> float:
+        update = LocalUpdate({n: g.expand(4, *g.shape) for n, g in r.global_params.items()}, torch.zeros(4))
+        bad = attack(update, r, [0, 1, 2, 3], honest).params["0.bias"][attack.bad.tolist()]
+        return round(float(bad.mean() - r.global_params["0.bias"]), 6)
+
+    # -0.5 times a mean of 1: for the second cohort of the round nobody trains.
+    assert [sent(first), sent(first), len(trained)] == [-0.5, -0.5, 1]
+    assert sent(replace(first, config={"server-round": 2})) == -1.0
+    moved = {name: p + 1 for name, p in first.global_params.items()}
+    assert sent(replace(first, global_params=moved)) == -0.5 * (3 - 1)
+    sent(replace(first, sent={"control": moved}))
+    assert trained == [attack.colluders()] * 4
 
 
 def test_gaussian_noise_is_each_clients_own() -> None:
@@ -142,7 +171,7 @@ def test_a_robust_rule_survives_what_a_mean_does_not(smoke: Smoke) -> None:
 
 
 def test_a_backdoor_opens_a_mean_and_its_success_is_measured(smoke: Smoke) -> None:
-    clean = _run(smoke, "none")
+    clean = _run(smoke, "none", **{"attack.fraction": 0.2})
     opened = _run(smoke, "backdoor", rounds=12, **{"attack.target": 0, "attack.fraction": 0.5})
     assert clean.summary["attack"] is None
     assert opened.summary["attack"]["backdoor_success"] > 0.5
@@ -164,3 +193,35 @@ def test_a_target_that_the_task_does_not_have_is_refused(smoke: Smoke) -> None:
 def test_an_attack_that_nobody_makes_is_refused(smoke: Smoke) -> None:
     with pytest.raises(InputError, match=r"attack.fraction=0.3 of 1 clients is none"):
         _run(smoke, "zero", clients=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told", "remedy"),
+    [
+        ("krum", {}, "num-malicious-nodes=0), but with attack.kind=sign-flip 3 of 10 clients are; set that to as many"),
+        ("multikrum", {"num-malicious-nodes": 3}, ""),
+        (
+            "fedtrimmedavg",
+            {"beta": 0.0},
+            "beta=0), but with attack.kind=sign-flip 3 of 10 clients are; set that to the",
+        ),
+        ("fedtrimmedavg", {}, ""),
+        ("fedavg", {}, ""),
+    ],
+)
+def test_a_robust_rule_that_expects_nobody_is_warned_of(
+    strategy: str, told: dict[str, Any], remedy: str, smoke: Smoke, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {f"strategy-options.{key}": value for key, value in told.items()}
+    config = RunConfig.of({**smoke(strategy=strategy, clients=10, rounds=1).flat(), **options})
+    assert warnings(config) == []
+    config = RunConfig.of({**config.flat(), "attack.kind": "sign-flip", "attack.fraction": 0.3})
+    with Progress(config, Console(width=200)) as progress:
+        run = simulate(config, on_start=progress.start)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert run.summary["warnings"] == [line.removeprefix("Warning: ") for line in said]
+    assert len(said) == bool(remedy)
+    assert all(remedy in line for line in said)
+    page = (run.path / "report.html").read_text()
+    assert (">Warning: " in page) == bool(remedy)
+    assert remedy in page

@@ -78,6 +78,8 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "model=resnet"], ["unknown model of task medical"]),
         (["run", "smoke", "task=vision"], ["unknown task 'vision'"]),
         (["run", "smoke", "early-stopping.metric=auc"], ["early-stopping.metric 'auc'", "did you mean 'auroc'"]),
+        (["run", "smoke", "early-stopping.metric=AUROC"], ["did you mean 'auroc'"]),
+        (["run", "smoke", "strategy=FedProx"], ["did you mean 'fedprox'"]),
         (["run", "smoke", "data-dir=/tmp"], ["data-dir has no effect"]),
         (["run", "heart", "data-dir=/nowhere"], ["data-dir=/nowhere is not a folder"]),
         (["run", "smoke", "engine.workers=5"], ["engine.workers=5 is more than 4 (4 clients a round"]),
@@ -146,11 +148,30 @@ def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> N
     assert (folder / "report.html").exists()
 
 
+def test_a_run_that_no_answer_reached_is_a_failed_one(tmp_path: Path) -> None:
+    failed = _fedra("run", "smoke", "rounds=2", "faults.dropout=0.999", cwd=tmp_path)
+    assert failed.returncode == 1
+    said = "no answer of any client reached the model in 2 rounds: 8 were lost and 0 rejected"
+    assert said in failed.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    assert str(folder) in failed.stdout
+    assert "--resume" not in failed.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("failed", 2)
+    assert said in summary["error"]
+    page = (folder / "report.html").read_text()
+    assert said in page
+    assert "fedra run --resume" not in page
+    # Nor does it become a completed one by going on with it.
+    assert _fedra("run", "--resume", str(folder), cwd=tmp_path).returncode == 1
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
 def test_compare_makes_one_table_and_one_page(tmp_path: Path) -> None:
     done = _fedra("compare", "smoke", "strategy=fedavg,fedprox", "seeds=2", "rounds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fedavg" in done.stdout
-    assert "±" in done.stdout
+    assert "95 % confidence interval" in done.stdout
     [folder] = (tmp_path / "runs").iterdir()
     assert (folder / "report.html").stat().st_size > 10_000
     assert len([run for run in folder.iterdir() if run.is_dir()]) == 4

@@ -36,7 +36,10 @@ def test_two_lists_make_a_grid_named_by_its_values(tmp_path: Path) -> None:
     lines, page = compared(tmp_path, **lists, clients=8, attack__fraction=0.25, seeds=2)
     variants = ["none, fedavg", "none, krum", "sign-flip, fedavg", "sign-flip, krum"]
     runs = [(variant, seed) for variant in variants for seed in (0, 1)]
-    assert lines[:8] == [f"[{i}/8] {variant}, seed {seed}" for i, (variant, seed) in enumerate(runs, start=1)]
+    warned = "Warning: krum is told that nobody is malicious (strategy-options.num-malicious-nodes=0)"
+    assert lines[0].startswith(warned)
+    assert page.text.count(warned) == 1
+    assert lines[1:9] == [f"[{i}/8] {variant}, seed {seed}" for i, (variant, seed) in enumerate(runs, start=1)]
     # Two tables of four rows, under one heading each.
     assert [name for name in cells(lines, "attack.kind, strategy") if name in variants] == 2 * variants
     assert len(page.outside) == 8
@@ -60,7 +63,8 @@ def test_one_strategy_list_prints_what_it_always_did(tmp_path: Path) -> None:
     # A model of 1025 float32 in four arrays with a header of 128 bytes each, from four clients: 18.4 kB.
     assert lines[10].split()[-3:] == ["18.4", "±", "0.0"]
     said = "Numbers of clients under ditto are of each client's own model; all others are of the global model."
-    assert lines[12] == said
+    assert lines[12].startswith("Means over completed runs with 95 % confidence intervals")
+    assert lines[13] == said
     assert said in page.text
     assert "medical: fedavg, ditto" in page.text
 
@@ -98,6 +102,37 @@ def test_a_list_may_lead_beyond_what_the_preset_allows_alone(tmp_path: Path) -> 
     # Six of the preset's four clients would be refused, six of eight are not.
     lines, _ = compared(tmp_path, clients="8,12", sampled=6, seeds=1)
     assert lines[:2] == ["[1/2] 8, seed 0", "[2/2] 12, seed 0"]
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=120)
+    settings = {"rounds": 1, "out": str(tmp_path), "learning-rate": "1e30,0.2", "seeds": 2}
+    reason = "RuntimeError: all 4 clients of round 1 failed; the first: client 0: the trained model is not finite"
+    with pytest.raises(
+        RuntimeError, match=r"^2 of 4 runs failed and did not count; the first: 1e\+30, seed 0: Runtime"
+    ):
+        compare("smoke", settings, console)
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("[")][-1] == "[4/4] 0.2, seed 1"
+    assert [line for line in lines if line.startswith(f"Failed: 1e+30, seed 1: {reason}")]
+    # The one that works has two runs, the other none.
+    start = next(i for i, line in enumerate(lines) if line.startswith(" learning-rate"))
+    assert lines[start + 1].split() == ["1e+30", *["\N{EN DASH}"] * 3]
+    assert lines[start + 2].split()[0] == "0.2"
+    [page] = tmp_path.glob("*/report.html")
+    read = Reader(page.read_text(encoding="utf-8"))
+    assert read.text.count(f"failed: {reason}") == 2
+    assert "2 runs not completed and not counted" in read.text
+    assert len(read.outside) == 4
+
+
+def test_a_run_that_fails_before_it_has_a_folder_has_a_line_too(tmp_path: Path) -> None:
+    about = {"task": "medical", "status": "failed", "error": "RuntimeError: no\nworker"}
+    rows = [*rows_of(tmp_path, a={}), {"variant": "b", "strategy": "b", "seed": 0, "path": None, "summary": about}]
+    page = Reader(write_comparison(tmp_path / "report.html", rows).read_text(encoding="utf-8"))
+    assert "failed: RuntimeError: no worker" in page.text
+    assert page.outside == ["a/report.html"]
 
 
 def rows_of(parent: Path, **changes: dict[str, Any]) -> list[dict[str, Any]]:

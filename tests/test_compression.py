@@ -12,9 +12,9 @@ import torch
 from test_personalisation import _round
 from torch import nn
 
-from core.compression import RESIDUAL, Compressor, packed, ratio, unpacked
+from core.compression import RESIDUAL, Compressor, packed, unpacked, uplink_bytes
 from core.config import RunConfig
-from core.records import to_numpy
+from core.records import to_arrays, to_numpy
 from core.training import LocalRound, LocalUpdate
 from simulations.run import Run, simulate
 
@@ -59,7 +59,10 @@ def test_the_server_decodes_what_the_client_says_it_will(own: dict[str, Any]) ->
     size = sum(value.size for value in model.values())
     # Scales, filling up to a power of two, and each array's header of 128 bytes come on top.
     plain = encoded.bytes() - 128 * len(encoded.arrays)
-    assert 4 * size * ratio(config) <= plain <= 4 * size * ratio(config) * 1.7 + 40
+    share = {"fp16": 1 / 2, "int8": 1 / 4, "int4": 1 / 8, "top-k": 2 * 0.2}[own["kind"]]
+    assert 4 * size * share <= plain <= 4 * size * share * 1.7 + 40
+    # Virtual time counts as much, before anything is encoded.
+    assert uplink_bytes(config, list(model), to_arrays(model)) == encoded.bytes()
 
 
 @pytest.mark.parametrize(("own", "most"), [(KINDS[0], 1e-3), (KINDS[1], 1e-2), (KINDS[2], 0.2), (KINDS[4], 0.02)])
@@ -142,5 +145,5 @@ def test_scaffold_sends_its_controls_as_they_are(smoke: Smoke) -> None:
 def test_rotation_without_rounding_is_refused(smoke: Smoke) -> None:
     from core.errors import InputError
 
-    with pytest.raises(InputError, match=r"compression.rotation is for int8 and int4, not compression.kind=top-k"):
+    with pytest.raises(InputError, match=r"compression.rotation=true does nothing with compression.kind=top-k"):
         _run(smoke, {"kind": "top-k", "rotation": True})

@@ -17,7 +17,8 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
 from core.training import LocalRound
-from simulations.run import Run, simulate
+from server.build import check
+from simulations.run import Run, preset, simulate
 from strategies import client_half
 from strategies.apfl import ALPHA, MIXTURE, OWN
 from strategies.personal_layers import PERSONAL, head
@@ -96,6 +97,11 @@ def whole_config(smoke: Smoke, task: str) -> RunConfig:
 def test_a_model_without_normalisation_is_not_fedbns(smoke: Smoke) -> None:
     with pytest.raises(InputError, match=r"fedbn keeps normalisation layers, and task medical's model has none"):
         simulate(smoke(strategy="fedbn"))
+    # Where the task has such a model it is named.
+    with pytest.raises(InputError, match=r"task digits's model has none; .* fedbn takes model=cnn-batchnorm\.$"):
+        check(preset("digits", strategy="fedbn"))
+    with pytest.raises(InputError, match=r"fedbn takes model=transformer\.$"):
+        check(preset("nlp", strategy="fedbn"))
     with pytest.raises(InputError, match=r"personal-layers=9 are all layers"):
         simulate(RunConfig.of({**smoke(strategy="fedper").flat(), "strategy-options.personal-layers": 9}))
 

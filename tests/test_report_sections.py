@@ -50,12 +50,17 @@ def curves(page: Reader, axis: str) -> list[dict[str, Any]]:
 
 
 def terminal(run: Run) -> list[str]:
-    """Return the lines of the terminal's summary after the table."""
+    """Return the lines of the terminal's summary after the tables."""
+    lines = shown(run)
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("completed")) + 1 :]
+
+
+def shown(run: Run) -> list[str]:
+    """Return the lines of the terminal's summary."""
     console = Console(file=StringIO(), width=120)
     Progress(load_config(run), console).summarise(run)
     assert isinstance(console.file, StringIO)
-    lines = console.file.getvalue().splitlines()
-    return lines[next(i for i, line in enumerate(lines) if line.startswith("completed")) + 1 :]
+    return console.file.getvalue().splitlines()
 
 
 def load_config(run: Run) -> Any:
@@ -198,6 +203,22 @@ def test_numbers_of_own_models_say_so_everywhere(ran: Callable[..., Run]) -> Non
     assert not {"clients' mean", "worst client", "central test set"} & names
 
 
+@pytest.mark.parametrize("own", [{"strategy": "ditto"}, {"strategy": "fedavg", "fine_tune_epochs": 1}])
+def test_the_terminal_shows_how_clients_own_models_fare(own: dict[str, Any], ran: Callable[..., Run]) -> None:
+    run = ran(**own, baselines=True)
+    lines = shown(run)
+    [start] = [i for i, line in enumerate(lines) if line.startswith("Clients' own test splits")]
+    alone = run.summary["baselines"]["local"]["own_test"]
+    rows = {"clients' own models": run.summary["clients_metrics"], "clients alone": alone}
+    wanted = [
+        [*f"{who} ({part})".split(), *(f"{spread[name][part]:.4f}" for name in ("loss", "accuracy", "auroc"))]
+        for who, spread in rows.items()
+        for part in ("mean", "worst")
+    ]
+    assert [line.split() for line in lines[start + 2 : start + 6]] == wanted
+    assert not any("own" in line for line in shown(ran()))
+
+
 def test_compression_is_told_in_bytes_and_as_a_ratio(ran: Callable[..., Run]) -> None:
     run = ran(compression__kind="int8")
     # 30 x 32 + 32 + 32 + 1 = 1025 numbers in four tensors; int8 sends an array with a byte for each number and another
@@ -208,6 +229,7 @@ def test_compression_is_told_in_bytes_and_as_a_ratio(ran: Callable[..., Run]) ->
     assert "the answers of a round take 5.19 kB, 1.30 kB a client." in words(page)
     assert "That is 3.56 times less than float32 models (4.61 kB a client), or 28 %." in words(page)
     assert [trace["y"] for trace in curves(page, "bytes")] == [[4 * 1297] * 3, [4 * 4612] * 3]
+    assert "Uplink: 15.6 kB from all clients, updates as int8." in terminal(run)
     # Controls of scaffold travel beside the model, uncompressed.
     page = read(ran(compression__kind="top-k", strategy="scaffold").path)
     assert "That is not less than float32 models" in words(page)

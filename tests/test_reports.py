@@ -20,11 +20,12 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.metrics import HIGHER_IS_BETTER
 from reports import heterogeneity, plots
-from reports.compare import Interval, interval, table, write_comparison
+from reports.compare import table, write_comparison
 from reports.heterogeneity import Counts
 from reports.load import load
 from reports.page import write_report
-from reports.words import METRICS, duration, number, ordered, size
+from reports.variants import Interval, interval
+from reports.words import METRICS, bounded, duration, number, ordered, size
 
 HOSTILE = "<script>alert('x')</script><a href=\"https://evil.example\">&"
 METRIC_VALUES = {"loss": 0.25, "accuracy": 0.9, "auroc": 0.95}
@@ -379,6 +380,10 @@ def test_the_interval_is_student_t() -> None:
     assert found == Interval(2.0, pytest.approx(4.302653 / math.sqrt(3), abs=1e-5), 3)
     assert str(found) == "2.000 ± 2.484"
     assert str(interval([0.5])) == "0.500"
+    # What lies between 0 and 1 has an interval that does: 0.9, 0.95 and 1 have the half-width 0.124.
+    assert str(interval([0.9, 0.95, 1.0], bounded=True)) == "0.950 [0.826\N{EN DASH}1.000]"
+    assert str(interval([0.0, 0.05, 0.1], bounded=True)) == "0.050 [0.000\N{EN DASH}0.174]"
+    assert [bounded(name) for name in ("auroc", "ece", "loss", "mine")] == [True, True, False, False]
     assert str(interval([])) == "\N{EN DASH}"
 
 
@@ -405,11 +410,14 @@ def compared(parent: Path) -> list[dict[str, Any]]:
 def test_a_comparison_in_numbers(tmp_path: Path) -> None:
     fedavg, fedprox, pooled, alone = table(compared(tmp_path))
     assert list(fedavg) == ["Strategy", "Runs", "Accuracy", "Clients Accuracy", "Worst client Accuracy", "Clients/s"]
-    numbers = ["0.800 ± 0.248", "0.800 ± 0.248", "0.600 ± 0.248", "100.0 ± 0.0"]
-    assert [str(value) for value in fedavg.values()] == ["fedavg", "3", *numbers]
+    numbers = ["0.800 [0.552-1.000]", "0.800 [0.552-1.000]", "0.600 [0.352-0.848]", "100.0 ± 0.0"]
+    assert [str(value).replace("\N{EN DASH}", "-") for value in fedavg.values()] == ["fedavg", "3", *numbers]
     assert [str(value) for value in fedprox.values()] == ["fedprox", "1", "0.850", "0.850", "0.650", "100.0"]
-    assert (pooled["Strategy"], str(pooled["Accuracy"])) == ("pooled data", "0.990 ± 0.000")
-    assert (alone["Strategy"], str(alone["Worst client Accuracy"])) == ("clients alone", "0.400 ± 0.000")
+    assert (pooled["Strategy"], str(pooled["Accuracy"])) == ("pooled data", "0.990 [0.990\N{EN DASH}0.990]")
+    assert (alone["Strategy"], str(alone["Worst client Accuracy"])) == (
+        "clients alone",
+        "0.400 [0.400\N{EN DASH}0.400]",
+    )
 
 
 def test_the_comparison_page_shows_the_same_and_links_to_the_runs(tmp_path: Path) -> None:
@@ -418,12 +426,23 @@ def test_the_comparison_page_shows_the_same_and_links_to_the_runs(tmp_path: Path
     page = Reader(text)
     assert "medical: fedavg, fedprox" in page.text
     assert "1 run not completed and not counted" in page.text
-    assert "0.800 ± 0.248" in page.text
+    assert "0.800 [0.552\N{EN DASH}1.000]" in page.text
+    assert page.text.count("Student's t") == 1
     assert page.outside[0] == "fedavg%20s0/report.html"
     assert len(page.outside) == 5
     assert "<b>0.850</b>" in text
     accuracy = next(f for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "share correct")
     assert [trace.get("name") for trace in accuracy["data"]] == [None, "fedavg", "fedprox"]
+
+
+def test_a_band_ends_where_its_metric_does(tmp_path: Path) -> None:
+    rows = []
+    for seed, accuracy in enumerate((0.9, 0.95, 1.0)):
+        path = run_folder(tmp_path, name=str(seed), rows=[round_row(1, central={"accuracy": accuracy, "loss": 0.0})])
+        rows.append({"strategy": "fedavg", "seed": seed, "path": path, "summary": summary_of(1)})
+    page = Reader(write_comparison(tmp_path / "report.html", rows).read_text(encoding="utf-8"))
+    accuracy = next(f for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "share correct")
+    assert accuracy["data"][0]["y"] == pytest.approx([1.0, 0.826], abs=1e-3)
 
 
 def test_chromium_draws_every_figure(tmp_path: Path) -> None:

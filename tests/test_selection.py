@@ -127,7 +127,7 @@ def test_power_of_choice_trains_the_candidates_with_the_highest_global_loss(stra
     assert _trained(run) == [set(np.argsort(-losses)[:2].tolist())]
     # Six candidates received the model as well as the two that trained; nobody sent one for a loss.
     [row] = _rows(run)
-    uniform = _rows(simulate(config.with_(sampling__kind="uniform")).path)[0]
+    uniform = _rows(simulate(config.with_(sampling__kind="uniform", sampling__candidates=2.0)).path)[0]
     per_model = (row["downlink_bytes"] - uniform["downlink_bytes"]) / 6
     assert row["uplink_bytes"] == uniform["uplink_bytes"] == 2 * per_model
 
@@ -227,7 +227,7 @@ def test_a_resumed_run_chooses_the_same_clients(kind: str, strategy: str, smoke:
     assert len(set.union(*_trained(whole))) > 3
 
 
-class _Elsewhere(RayGrid):
+class Elsewhere(RayGrid):
     """A grid like Flower's own: node ids in no order, and no word on whose they are."""
 
     client_of = property()  # type: ignore[assignment]
@@ -245,7 +245,7 @@ class _Elsewhere(RayGrid):
 def test_the_choice_does_not_depend_on_the_runtime(kind: str, smoke: Smoke) -> None:
     config = smoke(clients=6, sampled=2, rounds=4, sampling__kind=kind)
     with engine(config, check(config)) as grid:
-        vars(elsewhere := _Elsewhere.__new__(_Elsewhere)).update(vars(grid))
+        vars(elsewhere := Elsewhere.__new__(Elsewhere)).update(vars(grid))
         assert not ObservedGrid(elsewhere).numbered
         train(elsewhere, config, folder := RunFolder.create(config))
     assert _trained(folder.path) == _trained(simulate(config).path)

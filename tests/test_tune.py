@@ -112,6 +112,28 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_stopped(
     assert len(more["trials"]) == 15
 
 
+def test_two_processes_do_not_search_one_folder(searched: dict[str, Any]) -> None:
+    folder, code = (
+        searched["folder"],
+        (
+            "import sys, filelock\n"
+            "with filelock.FileLock(sys.argv[1], timeout=0):\n"
+            "    print('locked', flush=True)\n"
+            "    sys.stdin.read()\n"
+        ),
+    )
+    command = [sys.executable, "-c", code, str(folder / "study.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match=r"is being searched by another process; wait until it ends, or end it\.$"):
+            resume_tune(folder, trials=15)
+        other.kill()
+    # A process that is killed keeps nobody out: what is refused now is a search that is complete.
+    with pytest.raises(InputError, match="has 14 trials already"):
+        resume_tune(folder)
+
+
 def test_failing_trials_are_recorded_and_what_was_tried_is_not_trained_again(tmp_path: Path) -> None:
     results = _tune(tmp_path / "a?b#c %41", 8, learning_rate="0.2,1e30", rounds=1)
     failed = [trial for trial in results["trials"] if trial["state"] == "failed"]
@@ -182,6 +204,11 @@ def test_what_is_searched_is_as_it_is_written(text: str, expected: Range | Choic
         (["smoke", "local-epochs=0..3"], ["local-epochs=0 is not valid"]),
         (["smoke", "local-epochs=1.0..3.0"], ["local-epochs=1.764", "integer"]),
         (["smoke", "momentum=0.5..1.0"], ["momentum=1.0", "less than 1"]),
+        (
+            ["smoke", "strategy=fedavg,scaffold", "momentum=0.5..0.9", "rounds=1..2"],
+            ["momentum=0.5: scaffold's", "comes of searching strategy=fedavg,scaffold momentum=0.5..0.9; narrow that."],
+        ),
+        (["smoke", "learning-rate=0.1..1.0", "--metric", "AUROC"], ["unknown metric 'AUROC'", "did you mean 'auroc'"]),
         (["smoke", "learning-rat=0.1..1.0"], ["did you mean 'learning-rate'"]),
         (["smoke", "strategy-options.proximal-mu=0.1..1.0"], ["unknown fedavg option"]),
         (["smoke", "strategy=fedavg,krum", "strategy-options.proximal-mu=0.1..1.0"], ["option of none of strategy="]),

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from flwr.app import Message
+from test_selection import Elsewhere
 
+from core import records
 from core.config import RunConfig
 from core.devices import Devices
 from core.errors import InputError
-from simulations.run import Run, resume, simulate
+from server.app import train
+from server.build import check
+from server.recorder import RunFolder
+from simulations.run import Run, engine, resume, simulate
 
 Smoke = Callable[..., RunConfig]
 # Seconds an example: client 0 takes 1, client 1 takes 3. Nothing is moved in no time to speak of.
@@ -97,6 +103,13 @@ def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
 
 
+def test_a_buffer_that_clients_at_work_cannot_fill_is_refused(two: Callable[..., Run]) -> None:
+    with pytest.raises(InputError, match=r"buffer-size=3 is more than the 2 clients at work.*lower it to 2 or less"):
+        two("fedbuff", **{"strategy-options.buffer-size": 3})
+    # The default of ten was not asked for: here it is two, all who are at work.
+    assert _weight(two("fedbuff", rounds=1)) == pytest.approx((0 + 0.8) / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["fedasync", "fedbuff"])
 def test_a_run_without_rounds_is_resumed_with_the_same_bits(strategy: str, smoke: Smoke) -> None:
     from test_resume import _assert_same, _stopped_after
@@ -112,8 +125,6 @@ def test_asynchronous_strategies_need_a_clock_and_no_rounds(smoke: Smoke) -> Non
         simulate(smoke(strategy="fedbuff", devices__kind="none"))
     with pytest.raises(InputError, match="fedasync has no rounds"):
         simulate(smoke(strategy="fedasync", devices__kind="lognormal", devices__deadline_seconds=1.0))
-    with pytest.raises(InputError, match=r"devices.deadline-seconds needs virtual time"):
-        simulate(smoke(devices__deadline_seconds=1.0))
 
 
 def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) -> None:
@@ -135,6 +146,83 @@ def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) ->
     assert done[2] == pytest.approx(0.125, abs=0.03)
     nobody = Devices(config.with_(faults__late="partial", faults__stragglers=1)).work(3, [0, 1], [0, 0], 0, 0, 0.0)
     assert nobody.steps.tolist() == [0, 0]
+
+
+# A link of one byte a second, where all else takes no time: seconds are bytes.
+SLOW = {
+    "devices.kind": "lognormal", "devices.compute-spread": 0.0, "devices.bandwidth-spread": 0.0, "devices.jitter": 0.0,
+    "devices.seconds-per-example": 1e-9, "devices.uplink-bytes-per-second": 1e15,
+    "devices.downlink-bytes-per-second": 1e15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["none", "fp16", "int8", "int4", "top-k"])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "mimelite", "fedbn", "fedrep", "ifca", "apfl", "qfedavg"])
+def test_virtual_time_counts_every_byte_that_is_sent(strategy: str, kind: str, smoke: Smoke) -> None:
+    if strategy == "ifca" and kind == "top-k":
+        pytest.skip("ifca refuses top-k")
+    task = {"task": "foreign_plugins:NormalisedMedical", "engine.cohort-size": 1} if strategy == "fedbn" else {}
+    compressed = {"compression.kind": kind, "compression.rotation": kind == "int4"}
+    # Not in the round that is evaluated: that traffic takes no virtual time.
+    config = {**smoke(strategy=strategy, rounds=2, evaluate_every=2).flat(), **SLOW, **task, **compressed}
+    up, down = (
+        _rows(simulate(RunConfig.of({**config, f"devices.{way}link-bytes-per-second": 1.0})))[0]
+        for way in ("up", "down")
+    )
+    assert up["virtual_round_seconds"] == pytest.approx(up["uplink_bytes"] / 4, abs=1e-3)
+    assert down["virtual_round_seconds"] == pytest.approx(down["downlink_bytes"] / 4, abs=1e-3)
+    # The server predicts what the clients find: of four who are asked the first two answer.
+    first = _rows(simulate(RunConfig.of({**config, "sampled": 2, "sampling.over-selection": 2.0, **UNEQUAL})))
+    assert [(row["sampled"], row["lost"]) for row in first] == [(4, 2), (4, 2)]
+
+
+UNEQUAL = {"devices.uplink-bytes-per-second": 1.0, "devices.bandwidth-spread": 1.0}
+
+
+class _Boasting(Elsewhere):
+    """A grid like Flower's own, whose clients say of their virtual seconds what they like."""
+
+    said: Any = None
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Return the replies with another number of seconds."""
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        for reply in replies:
+            if reply.has_content() and reply.metadata.message_type == "train":
+                reply.content.config_records[records.CLIENTS][records.VIRTUAL_SECONDS] = self.said
+        return replies
+
+
+@pytest.mark.parametrize("said", [[0.0], [1e9], "soon"])
+@pytest.mark.parametrize(
+    "own", [{}, {"devices.deadline-seconds": 0.1, "faults.late": "partial"}, {"sampling.over-selection": 1.5}]
+)
+def test_what_clients_say_of_their_time_is_not_believed(own: dict[str, Any], said: Any, smoke: Smoke) -> None:
+    config = smoke(strategy="scaffold", rounds=2, sampled=2, devices__kind="lognormal")
+    config = RunConfig.of({**config.flat(), **own})
+    with engine(config, check(config)) as grid:
+        vars(boasting := _Boasting.__new__(_Boasting)).update(vars(grid), said=said)
+        train(boasting, config, folder := RunFolder.create(config))
+    honest = _rows(simulate(config))
+    found = [json.loads(line) for line in (folder.path / "rounds.jsonl").read_text().splitlines()]
+    assert [row["virtual_seconds"] for row in found] == [row["virtual_seconds"] for row in honest]
+
+
+def test_oort_knows_what_is_sent_beside_the_model(smoke: Smoke) -> None:
+    from server.selection import Selection
+
+    seen: list[int] = []
+
+    class Watched(Selection):
+        def _oort(self, *arguments: Any) -> np.ndarray:
+            seen.append(round(float(arguments[-1].max())))
+            return super()._oort(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.session.Selection", Watched)
+        config = smoke(strategy="scaffold", rounds=2, evaluate_every=2, sampling__kind="oort")
+        run = simulate(RunConfig.of({**config.flat(), **SLOW, "devices.downlink-bytes-per-second": 1.0}))
+    assert seen[0] == round(_rows(run)[0]["downlink_bytes"] / 4)
 
 
 def test_devices_are_lognormal_and_their_own_whoever_else_is_asked(smoke: Smoke) -> None:
