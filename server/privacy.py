@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
+from core.server_side import ServerSide
 from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
@@ -50,11 +51,11 @@ class Privacy:
         """Return what clients have to know in every round."""
         return {records.CLIPPING_NORM: self._own.clipping_norm} if self._level is not None else {}
 
-    def stand_before(self, strategy: Strategy, sizes: np.ndarray) -> None:
-        """Let the strategy see sums with noise alone, where the server adds it; `sizes` (clients,) are examples."""
-        self._sizes = sizes
+    def stand_before(self, strategy: Strategy, server: ServerSide) -> None:
+        """Let the strategy see sums with noise alone, where the server adds it."""
+        self._sizes = server.sizes
         if self._sum is not None:
-            self._sum.stand_before(strategy)
+            self._sum.stand_before(strategy, server.sends)
 
     def observe(self, server_round: int, spent: list[tuple[int, Event, int]]) -> dict[str, Any]:
         """Return a round's part in rounds.jsonl. `spent` is what clients say that their answers cost them."""

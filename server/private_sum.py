@@ -7,7 +7,7 @@ is computed from something private costs nothing more.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from core import bundle, records
+from core import records
 from core.records import to_arrays, to_numpy
 from privacy.accounting import Ledger
 from privacy.banded import BandedNoise
@@ -45,18 +45,18 @@ class PrivateSum:
         self._drawn = 0
         """Rounds whose noise the banded one knows of."""
         self._sent: Vectors = {}
-        self._names: tuple[str, ...] = ()
+        self._names: Sequence[str] = ()
 
-    def stand_before(self, strategy: Strategy) -> None:
-        """Let the strategy see one private answer a round in place of the clients' own."""
+    def stand_before(self, strategy: Strategy, names: Sequence[str]) -> None:
+        """Let the strategy see one private answer a round in place of the clients' own: tensors `names`."""
+        self._names = names
+        outgoing: Callable[[ArrayRecord], ArrayRecord] = getattr(strategy, "outgoing", lambda arrays: arrays)
         configure_train, aggregate_train = strategy.configure_train, strategy.aggregate_train
 
         def configure(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
             config[records.CLIPPING_NORM] = self.clipping_norm
-            messages = list(configure_train(server_round, arrays, config, grid))
-            beside: Mapping[str, Vectors] = getattr(strategy, "beside", dict)()
-            self._sent = {name: to_numpy(array) for name, array in arrays.items()} | bundle.beside(beside)  # type: ignore[assignment]
-            return messages
+            self._sent = {name: to_numpy(array) for name, array in outgoing(arrays).items()}
+            return configure_train(server_round, arrays, config, grid)
 
         def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
             answers = [reply.content for reply in replies if reply.has_content()]
@@ -70,11 +70,11 @@ class PrivateSum:
 
         Going on with new bands costs nothing more: what clients do in different rounds stays apart.
         """
-        return {"clipping_norm": self.clipping_norm, "names": list(self._names)}
+        return {"clipping_norm": self.clipping_norm}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remember what `state` returned."""
-        self.clipping_norm, self._names = state["clipping_norm"], tuple(state["names"])
+        self.clipping_norm = state["clipping_norm"]
 
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
@@ -115,13 +115,10 @@ class PrivateSum:
 
     def _sum(self, answers: Sequence[RecordDict]) -> Vectors:
         """Return the sum of w_k clip(update_k) by name, float64, over answers that may each speak for many clients."""
-        if answers:
-            self._names = tuple(next(iter(answers[0].array_records.values())))
-        names = self._names or tuple(self._sent)
-        total = {name: np.zeros(self._sent[name].shape) for name in names}
+        total = {name: np.zeros(self._sent[name].shape) for name in self._names}
         for answer in answers:
             [arrays] = answer.array_records.values()
-            own = {name: to_numpy(arrays[name]).astype(np.float64) for name in names}
+            own = {name: to_numpy(arrays[name]).astype(np.float64) for name in self._names}
             away = {name: value if "/" in name else value - self._sent[name] for name, value in own.items()}
             weight, clients = _weight(answer), _clients(answer)
             length = weight * float(np.sqrt(sum(float((value * value).sum()) for value in away.values())))
@@ -134,7 +131,7 @@ class PrivateSum:
                     f"the updates of {clients} clients add up to a norm of {length:g}, more than {clients} times the "
                     f"clipping norm {self.clipping_norm:g}: they were not clipped, and nothing is released"
                 )
-            for name in names:
+            for name in self._names:
                 total[name] += weight * away[name]
         return total
 

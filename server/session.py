@@ -25,13 +25,14 @@ from server.answers import Answers
 from server.build import build_strategy
 from server.collecting import few_to_collect
 from server.evaluate import Description, Evaluation, Evaluator, describe
-from server.malice import Malice, warnings
+from server.malice import Malice
 from server.observe import NAMED, Observed, ObservedGrid
 from server.privacy import Privacy
-from server.recorder import Clock, RunFolder, versions
+from server.recorder import Clock, RunFolder
 from server.selection import Selection
+from server.summary import summarise
 from server.virtual import VirtualClock
-from strategies import client_half, is_personal, makes_partial_means
+from strategies import client_half, makes_partial_means
 from tasks import load, standardise
 from tasks.base import Task, build_model
 from tasks.source import federation_of
@@ -111,37 +112,7 @@ class Session:
         """Write the summary, the model and the report; return the summary."""
         self.checkpoints.close()
         kept = self.best if self.config.keep == "best" and self.best else {"arrays": self.arrays, **self.last}
-        summary = {
-            "task": self.config.task,
-            "dataset": self.config.dataset,
-            "preset": self.config.preset,
-            "strategy": self.config.strategy,
-            "seed": self.config.seed,
-            "rounds": self.done,
-            "clients": self.config.clients,
-            "seconds": round(self.clock.seconds, 3),
-            "clients_per_second": self._clients_per_second(),
-            "metrics": kept.get("central", {}),
-            "metrics_round": kept.get("round"),
-            "clients_metrics": kept.get("clients", {}),
-            "validation_metrics": kept.get("validation", {}),
-            "threshold": kept.get("threshold"),
-            "kept": self.config.keep,
-            "best": {key: self.best[key] for key in ("round", "metric", "value")} if self.best else None,
-            "baselines": self.baselines,
-            "privacy": self.privacy.summary(),
-            "secure_aggregation": None,
-            "traffic": self.traffic,
-            "virtual_seconds": self.virtual.seconds if self.virtual else self.virtual_before,
-            "answers": self.answers.uncounted,
-            "personal": is_personal(self.config),
-            "attack": self.malice.summary(kept.get("attack_success")),
-            "warnings": warnings(self.config),
-            "versions": versions(),
-            "status": status,
-            "stopped_by": self.stopped_by or None,
-            "error": error or None,
-        }
+        summary = summarise(self, kept, status, error)
         self.folder.finish(records.in_dtypes_of(kept["arrays"], records.travelling(self.model)), summary)
         try:
             write_report(self.folder.path)
@@ -180,7 +151,7 @@ class Session:
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
         self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
-        self.privacy.stand_before(self.strategy, server.sizes)
+        self.privacy.stand_before(self.strategy, server)
         return about
 
     def _own_examples(self, about: Description) -> Split | None:
@@ -270,10 +241,6 @@ class Session:
         sign = 1 if HIGHER_IS_BETTER.get(metric, True) else -1
         if value == value and (self.best is None or sign * value > sign * self.best["value"]):
             self.best = {"arrays": arrays, "metric": metric, "value": value, **self.last}
-
-    def _clients_per_second(self) -> float | None:
-        """Return the clients trained per second of training, the first round apart."""
-        return round(self.steady["clients"] / self.steady["seconds"], 3) if self.steady["seconds"] else None
 
     def _should_stop(self) -> bool:
         stopping = self.config.early_stopping
