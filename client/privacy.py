@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flwr.app import Context
@@ -84,26 +83,15 @@ class ClientPrivacy:
         sources = [self._source.at("update", server_round, client) for client in clients]
         return with_noise(update, r, self._clients.noise_multiplier, sources)
 
-    def events(self, r: LocalRound, sizes: Sequence[int]) -> list[tuple[Event, int]]:
-        """Return what the round has cost each client, by the steps that it took."""
+    def taken(self, r: LocalRound) -> dict[str, list[int]]:
+        """Return how many private steps (at level example) or updates each client has taken, a column a number."""
         if self._examples is not None:
             assert isinstance(r.private, PrivateSteps)
-            return list(zip(map(self._examples.event, sizes), r.private.taken.tolist(), strict=True))
-        if not self._local:
-            return []
-        return [(event, count) for size in sizes for event, count in self._cost(size).items()]
+            return {records.PRIVATE_STEPS: r.private.taken.tolist(), records.DROPPED: r.private.dropped.tolist()}
+        return {records.PRIVATE_STEPS: [1] * len(r.sizes)} if self._local else {}
 
-
-def columns_of(events: Sequence[tuple[Event, int]]) -> dict[str, Sequence[Any]]:
-    """Return what the clients say that their answers cost them, a column each."""
-    return {
-        records.EVENT_RATE: [event.rate for event, _ in events],
-        records.EVENT_NOISE: [event.noise_multiplier for event, _ in events],
-        records.EVENT_COUNT: [count for _, count in events],
-    } if events else {}  # fmt: skip
-
-
-def note(contexts: Sequence[Context], events: Sequence[tuple[Event, int]]) -> None:
-    """Let each client remember what it has spent."""
-    for context, (event, count) in zip(contexts, events, strict=bool(events)):
-        keep_spent(context.state, spent_by(context.state) + Counter({event: count}))
+    def note(self, contexts: Sequence[Context], sizes: Sequence[int], taken: Mapping[str, Sequence[int]]) -> None:
+        """Let each client remember what it has spent."""
+        for context, size, steps in zip(contexts, sizes, taken.get(records.PRIVATE_STEPS, ()), strict=bool(taken)):
+            [event] = self._cost(size)
+            keep_spent(context.state, spent_by(context.state) + Counter({event: steps}))

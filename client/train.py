@@ -11,7 +11,6 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from client import replies
-from client.privacy import columns_of, note
 from client.replies import Reply
 from client.setting import Setting, batches_of, client_of, inputs, note_batches, open_setting, received
 from core import adversary, bundle, compression, records
@@ -62,10 +61,11 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     hostile = np.zeros(len(clients), dtype=bool)
     for processor in setting.processors:
         update = processor(update, r)
-    events = []
+    taken: Mapping[str, Sequence[int]] = {}
     if setting.privacy:
         update = setting.privacy.protect(update, r, this.number, clients)
-        events = setting.privacy.events(r, r.sizes)
+        taken = setting.privacy.taken(r)
+        setting.privacy.note(own, r.sizes, taken)
     if setting.attack:
         hostile = setting.attack.careless(clients)
         update = setting.attack(update, r, clients, lambda chosen: _learn(setting, this, chosen, None, None)[0])
@@ -74,7 +74,7 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         update, encoded = setting.compressor(update, r)
     columns: dict[str, Sequence[Any]] = {
         records.TRAIN_SECONDS: [(time.perf_counter() - began) / len(clients)] * len(clients),
-        **columns_of(events),
+        **taken,
     }
     if encoded:
         columns[records.UPLINK_BYTES] = [encoded.bytes()] * len(clients)
@@ -84,7 +84,6 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     answers = replies.of_update(update, clients, r.sizes, columns, partial, hostile, None if partial else encoded)
     if setting.attack:
         setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
-    note(own, events)
     sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
     keep = sorted(sound)
     note_batches(setting.config, [own[i] for i in keep], r.batches.steps[keep].tolist())

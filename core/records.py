@@ -30,10 +30,11 @@ DEADLINE = "deadline-seconds"
 VIRTUAL_SECONDS = "virtual-seconds"
 UPLINK_BYTES = "uplink-bytes"
 ENCODED = "encoded"
-# Differential privacy: the round's clipping norm, who is within it, and what an answer cost the client that gave it.
+# Differential privacy: the round's clipping norm, who is within it, how many private steps or updates an answer took,
+# and how many examples were left out of them because their gradients were not finite.
 CLIPPING_NORM = "clipping-norm"
 WITHIN = "within-clipping-norm"
-EVENT_RATE, EVENT_NOISE, EVENT_COUNT = "event-rate", "event-noise-multiplier", "event-count"
+PRIVATE_STEPS, DROPPED = "private-steps", "dropped-examples"
 # Code of an error that is no fault: the client could not be reached, or was too late.
 LOST = 1000
 # How the reason begins for which the server took nothing of an answer.

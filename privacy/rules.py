@@ -190,6 +190,8 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
         found.append("the means and deviations that scale the inputs")
     elif standardise == "local":
         found.append("the means and deviations that scale the central test set")
+    if own.level == "client" and own.noise == "central" and config.count(config.sampled) < config.clients:
+        found.append("who took part in which round, which must stay secret (clients.parquet)")
     found.append("each client's numbers of examples and labels, stated at the start")
     found.append("clients' training losses and evaluation metrics, for the operator's eyes")
     if tuned:

@@ -14,7 +14,6 @@ from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
-from privacy.accounting import Event
 from server.intake import refuse_odd, take_in
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
@@ -41,8 +40,10 @@ class Observed:
     """Answers that did not come because the client was out of reach or late, as configured."""
     rejected: int = 0
     """Answers that would have poisoned the model."""
-    spent: list[tuple[int, Event, int]] = field(default_factory=list)
-    """Client, event and how often: what private answers have cost, as their clients say."""
+    private_steps: dict[int, int] = field(default_factory=dict)
+    """Of each client whose answer was private by itself, as it says."""
+    dropped: int = 0
+    """Examples that private steps left out because their gradients were not finite."""
     virtual_seconds: float = 0.0
     """Until the last answer that counts, by the clients' virtual clocks."""
     downlink_bytes: int = 0
@@ -216,9 +217,8 @@ class ObservedGrid(Grid):
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)
-        if records.EVENT_COUNT in rows:
-            events = map(Event, rows[records.EVENT_RATE], rows[records.EVENT_NOISE])
-            self._observed.spent.extend(zip(covered, events, rows[records.EVENT_COUNT], strict=True))
+        self._observed.private_steps |= dict(zip(covered, rows.get(records.PRIVATE_STEPS, ()), strict=False))
+        self._observed.dropped += sum(rows.get(records.DROPPED, ()))
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
         self._observed.virtual_seconds = max(self._observed.virtual_seconds, slowest)
         self._observed.clients["client"].extend(covered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
-from server.observe import ObservedGrid
+from server.observe import Observed, ObservedGrid
 from server.private_sum import PrivateSum
 from tasks.base import Task
 
@@ -57,13 +57,13 @@ class Privacy:
         if self._sum is not None:
             self._sum.stand_before(strategy, server.sends)
 
-    def observe(self, server_round: int, spent: list[tuple[int, Event, int]]) -> dict[str, Any]:
-        """Return a round's part in rounds.jsonl. `spent` is what clients say that their answers cost them."""
+    def observe(self, server_round: int, observed: Observed) -> dict[str, Any]:
+        """Return a round's part in rounds.jsonl."""
         if self._own.level == "none":
             return {}
         if self._sum is None:
-            self.ledger.spend(server_round, spent)
-        row: dict[str, Any] = {"epsilon": self.ledger.worst()}
+            self.ledger.spend(server_round, self._spent_by_clients(observed.private_steps))
+        row: dict[str, Any] = {"epsilon": self.ledger.worst(), "dropped_examples": observed.dropped}
         if self._level is not None:
             row["noise_multiplier"] = self._level.noise_multiplier
         if self._sum is not None:
@@ -71,6 +71,20 @@ class Privacy:
             if self._sum.within is not None:
                 row["within_clipping_norm"] = self._sum.within
         return {"privacy": row}
+
+    def _spent_by_clients(self, steps: Mapping[int, int]) -> Iterator[tuple[int, Event, int]]:
+        """Yield what clients have spent that say to have taken so many private steps: no more than one could."""
+        for client, said in steps.items():
+            [(event, most)] = self._own_cost(client).items()
+            # Some strategies train in two parts, each of a step at least.
+            yield client, event, min(max(said, 0), 2 * most)
+
+    def _own_cost(self, client: int) -> Mapping[Event, int]:
+        """Return what a round costs a client that adds noise itself; nothing where it has no examples."""
+        if self._level is not None:
+            return {local_event(self._level.noise_multiplier): 1}
+        size = int(self._sizes[client])
+        return ExampleLevel(self._config).cost(size) if size else {}
 
     def spent(self, server_round: int) -> str:
         """Return why this round may not begin; empty where it may.
@@ -80,22 +94,16 @@ class Privacy:
         own, spent = self._own, self.ledger.spent
         if own.level == "none" or not own.epsilon:
             return ""
-        costs: dict[int, Mapping[Event, int]] = {}
+        costs: Iterable[tuple[int, Mapping[Event, int]]]
         if self._level is not None and self._sum is not None:
             again = self.ledger.knows(server_round)
-            costs = {o: {event: count} for o, event, count in self._level.costs(server_round, repeated=again)}
+            costs = [(o, {event: count}) for o, event, count in self._level.costs(server_round, repeated=again)]
             if not costs:
                 return ""
-        elif self._level is not None:
-            each = {local_event(self._level.noise_multiplier): 1}
-            costs = dict.fromkeys(range(len(self._sizes)), each)
         else:
-            level = ExampleLevel(self._config)
-            by_size = {size: level.cost(size) for size in set(self._sizes.tolist()) if size}
-            costs = {client: by_size[size] for client, size in enumerate(self._sizes.tolist()) if size}
+            costs = ((client, cost) for client in range(len(self._sizes)) if (cost := self._own_cost(client)))
         affordable = (
-            epsilon(spent.get(owner, Counter()) + Counter(cost), own.delta) <= own.epsilon
-            for owner, cost in costs.items()
+            epsilon(spent.get(owner, Counter()) + Counter(cost), own.delta) <= own.epsilon for owner, cost in costs
         )
         return "" if any(affordable) else SPENT
 

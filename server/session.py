@@ -190,7 +190,7 @@ class Session:
         self.selection.observe(number, observed.clients)
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
-        row |= self.privacy.observe(number, observed.spent)
+        row |= self.privacy.observe(number, observed)
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:

@@ -302,3 +302,13 @@ def test_any_strategy_of_weighted_means_takes_part(strategy: str, private: Calla
     rare = simulate(private(**settings, sampled=1, rounds=4, privacy__noise_multiplier=0.05))
     assert [row["aggregated"] for row in _rows(rare.path)] == [True] * 4
     assert [row["sampled"] for row in _rows(rare.path)] == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "top-k"])
+def test_what_compression_adds_is_clipped_by_the_server(kind: str, private: Callable[..., RunConfig]) -> None:
+    settings = {"rounds": 3, "compression__kind": kind, "privacy__clipping_norm": 0.01, "learning_rate": 5.0}
+    start = _model(simulate(private(rounds=1, learning_rate=1e-9, **SILENT)).path)
+    run = simulate(private(**settings, **SILENT))
+    # Three rounds of four clients, none of whom moves the mean by more than a quarter of the norm.
+    assert np.linalg.norm(_model(run.path) - start) <= 3 * 0.01 * (1 + 1e-3)
+    assert run.summary["answers"]["rejected"] == 0
