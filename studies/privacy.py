@@ -29,7 +29,7 @@ PRIVATE: dict[str, dict[str, Any]] = {
     "medical": {"server-examples": 60, "learning-rate": 0.3, "local-epochs": 1, "engine.cohort-size": 10},
     "fraud": {"server-examples": 500, "engine.cohort-size": 8},
     "nlp": {
-        "optimizer": "sgd", "learning-rate": 10.0, "batch-size": 64, "privacy.clipping-norm": 0.5,
+        "optimizer": "sgd", "learning-rate": 4.0, "batch-size": 64, "privacy.clipping-norm": 0.5,
         "engine.cohort-size": 10,
     },
 }  # fmt: skip
