@@ -59,7 +59,7 @@ class ClippedGradients:
 
     def __init__(self, recording: Recording, loss: Loss) -> None:
         """Take the model's recording and (logits, y) -> each example's loss (B,)."""
-        self._recording, self._loss = recording, loss
+        self.recording, self._loss = recording, loss
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ class ClippedGradients:
         if not real.numel():
             return _nothing(moving, real)
         with torch.enable_grad():
-            logits, notes = self._recording(params, x)
+            logits, notes = self.recording(params, x)
             losses = self._loss(logits, y.flatten(0, 1))
             places: Any = [note.at for note in notes]
             # Of whatever the loss does not depend on there is no gradient: it counts as zero.

@@ -146,6 +146,9 @@ class Recording:
             logits = functional_call(self.twin, bare, (examples,)) if bare else self.twin(examples)
         if self.unsuitable():
             raise UnsuitableError
+        for noted in self._noted.values():
+            # The batch and autograd's graph are the caller's to keep.
+            noted.weights, noted.notes = {}, []
         return logits, notes
 
     def _mapped(self, bare: Tensors, examples: Tensor) -> Tensor:
