@@ -68,7 +68,8 @@ def clipped_gradients(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Cli
     params = _jittered(model)
     with torch.random.fork_rng([x.device] if x.is_cuda else []), _plain_attention():
         x, y, wanted = _examples(model, loss, params, x, y)
-        _refuse_mixing(model.train(), params, x)
+        model.train()
+        _refuse_mixing(model, params, x)
         modes = [(False, wanted)]
         if _deterministic(model, params, x):
             modes.append((True, _one_by_one(model, loss, params, x, y)))

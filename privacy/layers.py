@@ -22,6 +22,10 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 Weights = Mapping[str, Tensor]
+VECTOR_CHANNELS = 8
+"""From as many input channels a convolution with a group for each example is faster than patches (oneDNN, measured)."""
+GHOST_PIXELS = 16
+"""A convolution's ghost norm pays where GHOST_PIXELS L^2 < p d: patches take time beside the products."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,19 @@ def layer_of(module: nn.Module) -> Layer | None:
     return kind(module)
 
 
-def written_out(gradients: Tensor) -> PerExample:
-    """Return per-example gradients (N, ...) that are there as such."""
+def written_out(gradients: Tensor, squared_norms: Tensor | None = None) -> PerExample:
+    """Return per-example gradients (N, ...) that are there as such; their norms need not be known."""
 
     def total(factors: Tensor) -> Tensor:
         of_clients = gradients.reshape(*factors.shape, -1)
-        return torch.bmm(factors.unsqueeze(1), of_clients).view(len(factors), *gradients.shape[1:])
+        return torch.bmm(factors.unsqueeze(1), of_clients).view(factors.shape[0], *gradients.shape[1:])
 
-    return PerExample(_squares(gradients), total)
+    return PerExample(_squares(gradients) if squared_norms is None else squared_norms, total)
 
 
 def _squares(t: Tensor) -> Tensor:
     """Return each example's sum of squares, (N,)."""
-    return torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1).square()
+    return torch.linalg.vector_norm(t.reshape(t.shape[0], -1), dim=1).square()
 
 
 def _ghost(a: Tensor, g: Tensor, of_a: Tensor, of_g: Tensor) -> Tensor:
@@ -115,21 +119,24 @@ class Linear:
 
     def gradients(self, seen: Tensor, g: Tensor) -> dict[str, PerExample]:
         """Return sum_t g_t a_t^T for the matrix and sum_t g_t for the bias."""
-        a, g = (t.reshape(len(seen), -1, t.shape[-1]) for t in (seen, g))
+        examples = seen.shape[0]
+        a, g = seen.reshape(examples, -1, seen.shape[-1]), g.reshape(examples, -1, g.shape[-1])
         places = a.shape[1]
 
         def total(factors: Tensor) -> Tensor:
-            scaled = (g.flatten(1) * factors.view(-1, 1)).view(len(factors), -1, g.shape[2])
-            return torch.bmm(scaled.transpose(1, 2), a.reshape(len(factors), -1, a.shape[2]))
+            clients = factors.shape[0]
+            scaled = (g * factors.view(-1, 1, 1)).view(clients, -1, g.shape[2])
+            return torch.bmm(scaled.transpose(1, 2), a.reshape(clients, -1, a.shape[2]))
 
         if places == 1:
-            weight = PerExample(_squares(a) * _squares(g), total)
-        elif 2 * places**2 < self.shape.numel():
+            squares = _squares(g)
+            return {"weight": PerExample(_squares(a) * squares, total), "bias": written_out(g[:, 0], squares)}
+        if 2 * places**2 < self.shape.numel():
             of_a, of_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
             weight = PerExample(_ghost(_squares(a), _squares(g), of_a, of_g), total)
         else:
             weight = written_out(torch.bmm(g.transpose(1, 2), a))
-        return {"weight": weight, "bias": written_out(g[:, 0] if places == 1 else g.sum(1))}
+        return {"weight": weight, "bias": written_out(g.sum(1))}
 
 
 class Conv2d:
@@ -196,12 +203,6 @@ class Conv2d:
         return view.reshape(len(x), self.geometry["groups"], -1, g[0, 0].numel())
 
 
-VECTOR_CHANNELS = 8
-"""From as many input channels oneDNN's convolution is faster than patches, which then do not fit into a cache."""
-GHOST_PIXELS = 16
-"""Ghost norms take another product with patches for the sum: they pay later than memory alone would say."""
-
-
 class Embedding:
     """Rows of a table (V, d) for tokens (N, T)."""
 
@@ -212,6 +213,9 @@ class Embedding:
 
     def forward(self, w: Weights, x: Tensor) -> Output:
         """Return the rows; all clients' tables are one, in which a client's tokens have numbers of their own."""
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.shape[0]:
+            # In the one table it would be a row of another client, and later a gradient of another example.
+            raise IndexError(f"a token is not in the embedding's {self.shape[0]} rows")
         first = torch.arange(len(w["weight"]), device=x.device) * self.shape[0]
         rows = x.reshape(len(w["weight"]), -1) + first.view(-1, 1)
         out = F.embedding(rows.view(x.shape), w["weight"].flatten(0, 1))

@@ -79,7 +79,7 @@ class ClippedGradients:
             losses = self._loss(logits, y.flatten(0, 1))
             places: Any = [note.at for note in notes]
             # Of whatever the loss does not depend on there is no gradient: it counts as zero.
-            found = torch.autograd.grad((losses * real.flatten()).sum(), places, allow_unused=True)
+            found = torch.autograd.grad(losses @ real.flatten().to(losses), places, allow_unused=True)
         taken = [(note, g) for note, g in zip(notes, found, strict=True) if g is not None]
 
         def gradients(broken: Tensor | None) -> dict[str, PerExample]:

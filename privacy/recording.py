@@ -58,7 +58,7 @@ class _Noted:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the output for all examples x (N, ...)."""
-        if not x.ndim or len(x) != self.examples:
+        if not x.ndim or x.shape[0] != self.examples:
             self.refuse()
         self.calls += 1
         values, anchor, seen = self.layer.forward(self.weights, x)
@@ -135,7 +135,7 @@ class Recording:
         examples = x.flatten(0, 1)
         notes: list[Note] = []
         for noted in self._noted.values():
-            noted.expect(params, len(examples), notes)
+            noted.expect(params, examples.shape[0], notes)
         bare = {name: _for_each(params[name], x.shape[1]) for name in self.bare}
         for name, p in bare.items():
             notes.append(Note(p, p.new_empty(len(p), 0), functools.partial(_bare, name)))

@@ -333,6 +333,15 @@ def test_an_example_without_a_finite_gradient_is_dropped_and_counted(name: str) 
         torch.testing.assert_close(total, without.sums[key])
 
 
+def test_a_token_beyond_the_table_is_no_token_of_another_client() -> None:
+    model, params, x, y, real = _case("bag", 2, batch=4)
+    gradients = clipped_gradients(model, classification_loss, x[0], y[0])
+    for token in (TOKENS, -1):
+        x[0, 0, 0] = token
+        with pytest.raises(IndexError, match="30 rows"):
+            gradients(params, x, y, real, 0.5)
+
+
 def test_clients_together_are_clients_alone() -> None:
     model, params, x, y, real = _case("cnn", 3, batch=5)
     gradients = clipped_gradients(model, classification_loss, x[0], y[0])
