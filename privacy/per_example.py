@@ -1,7 +1,7 @@
 """DP-SGD's sum of clipped per-example gradients (Abadi et al., CCS 2016), for C clients and B examples of each at once.
 
 sum_i g_i min(1, S / |g_i|), where S is the clipping norm and g_i the gradient of example i's own loss over all weights
-that move. No noise here. One forward and one backward pass, by book-keeping (layers.py); an objective of a strategy,
+that move. No noise here. One forward and one backward pass, by book-keeping (gradients.py); an objective of a strategy,
 which may do anything with the model, is differentiated example by example instead.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
 from core.steps import Loss, Objective
-from privacy.layers import PerExample, written_out
+from privacy.gradients import PerExample, written_out
 from privacy.recording import Recording
 
 

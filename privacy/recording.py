@@ -21,7 +21,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
-from privacy.layers import Layer, PerExample, layer_of, written_out
+from privacy.gradients import Layer, PerExample, written_out
+from privacy.layers import layer_of
 
 
 class UnsuitableError(Exception):
