@@ -25,6 +25,8 @@ from privacy.per_example import Clipped, ClippedGradients, ClippedObjective, Cli
 from privacy.recording import Recording
 
 EXAMPLES = 3
+MOST_EXAMPLES = 1000
+"""What is to be tried with more is mapped instead, which is right whatever the sizes."""
 AGREEMENT = 1e-4
 """How far a per-example gradient may be from autograd's, relative to its norm."""
 INSTEAD = "or choose privacy.level=client, where no example needs a gradient of its own"
@@ -66,7 +68,8 @@ def clipped_gradients(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Cli
     params = _jittered(model)
     with torch.random.fork_rng([x.device] if x.is_cuda else []), _plain_attention():
         x, y, wanted = _examples(model, loss, params, x, y)
-        _refuse_mixing(model.train(), params, x)
+        model.train()
+        _refuse_mixing(model, params, x)
         modes = [(False, wanted)]
         if _deterministic(model, params, x):
             modes.append((True, _one_by_one(model, loss, params, x, y)))
@@ -97,7 +100,9 @@ def _ways(model: nn.Module, loss: Loss) -> Iterator[Way]:
     """Yield ways to the clipped sum and the models that they run, fastest first."""
     plain = Recording(model)
     places = [size for name in plain.bare for size in plain.twin.get_parameter(name).shape]
-    yield Way(ClippedGradients(plain, loss), plain.twin, max([EXAMPLES, *places]) + 1)
+    many = max([EXAMPLES, *places]) + 1
+    if many <= MOST_EXAMPLES:
+        yield Way(ClippedGradients(plain, loss), plain.twin, many)
     left: list[str] = []
     while True:
         mapped = Recording(model, left, alone=True)

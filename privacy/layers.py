@@ -1,66 +1,16 @@
-"""The layers whose per-example gradients need not be written out: norms and weighted sums from what the layer saw.
-
-A gradient of one example's loss at a linear layer is sum_t g_t a_t^T, of the layer's inputs a (T, d) and the gradients
-g (T, p) at its outputs. Its norm is |a| |g| where T = 1 (Goodfellow, 2015, "Efficient per-example gradient
-computations"), and in general the root of sum_ts (a a^T)_ts (g g^T)_ts (Li et al., ICLR 2022, "ghost norm"), which
-takes less than the gradient itself where T is small beside p and d: a layer goes the cheaper way ("mixed ghost norm").
-A weighted sum over examples is one product of matrices with g scaled ("book-keeping": Bu, Wang, Zha and Karypis, ICML
-2023, "Differentially private optimization on large model at small cost").
-
-Here C clients have weights of their own, (C, ...), and N = C * B examples stand client after client.
-"""
+"""The layers that compute for all clients at once and know their per-example gradients (gradients.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
-Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PerExample:
-    """One parameter's gradient of each of N examples."""
-
-    squared_norms: Tensor
-    """(N,)."""
-    total: Callable[[Tensor], Tensor]
-    """Factors (C, B) -> every client's sum of its examples' gradients times their factors, (C, ...)."""
-
-
-class Output(NamedTuple):
-    """What a layer makes of all clients' examples."""
-
-    values: Tensor
-    """(N, ...)."""
-    anchor: Tensor
-    """The tensor whose gradient is asked for: `values`, or what they are a view of.
-
-    An activation in place takes a view out of autograd's graph, never what the view is of.
-    """
-    seen: Tensor
-    """(N, ...): what the gradients are made of beside the anchor's."""
-
-
-class Layer(Protocol):
-    """How a layer of one type computes for all clients, and its gradients."""
-
-    by_place: bool
-    """Whether an example may have any number of axes before the last, all of them places with the same weights."""
-
-    def forward(self, w: Weights, x: Tensor) -> Output:
-        """Return the output for inputs x (N, ...) under weights w, (C, ...) by the layer's own names."""
-        ...
-
-    def gradients(self, seen: Tensor, g: Tensor) -> dict[str, PerExample]:
-        """Return each weight's per-example gradients, given the gradient g at the anchor."""
-        ...
+from privacy.convolution import Conv2d
+from privacy.gradients import Layer, Output, PerExample, Weights, ghost, squares, written_out
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -73,29 +23,6 @@ def layer_of(module: nn.Module) -> Layer | None:
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return None
     return kind(module)
-
-
-def written_out(gradients: Tensor) -> PerExample:
-    """Return per-example gradients (N, ...) that are there as such."""
-
-    def total(factors: Tensor) -> Tensor:
-        of_clients = gradients.reshape(*factors.shape, -1)
-        return torch.bmm(factors.unsqueeze(1), of_clients).view(len(factors), *gradients.shape[1:])
-
-    return PerExample(_squares(gradients), total)
-
-
-def _squares(t: Tensor) -> Tensor:
-    """Return each example's sum of squares, (N,)."""
-    return torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1).square()
-
-
-def _ghost(a: Tensor, g: Tensor, of_a: Tensor, of_g: Tensor) -> Tensor:
-    """Return sum_ts (a a^T)_ts (g g^T)_ts, (N,), from the two products (N, T, T) and the squares of a and g.
-
-    Terms may cancel, and rounding could then make a long gradient short: what it can have taken away is added.
-    """
-    return torch.linalg.vecdot(of_a.flatten(1), of_g.flatten(1)).clamp_min(0) + torch.finfo(g.dtype).eps * a * g
 
 
 class Linear:
@@ -115,91 +42,24 @@ class Linear:
 
     def gradients(self, seen: Tensor, g: Tensor) -> dict[str, PerExample]:
         """Return sum_t g_t a_t^T for the matrix and sum_t g_t for the bias."""
-        a, g = (t.reshape(len(seen), -1, t.shape[-1]) for t in (seen, g))
+        examples = seen.shape[0]
+        a, g = seen.reshape(examples, -1, seen.shape[-1]), g.reshape(examples, -1, g.shape[-1])
         places = a.shape[1]
 
         def total(factors: Tensor) -> Tensor:
-            scaled = (g.flatten(1) * factors.view(-1, 1)).view(len(factors), -1, g.shape[2])
-            return torch.bmm(scaled.transpose(1, 2), a.reshape(len(factors), -1, a.shape[2]))
+            clients = factors.shape[0]
+            scaled = (g * factors.view(-1, 1, 1)).view(clients, -1, g.shape[2])
+            return torch.bmm(scaled.transpose(1, 2), a.reshape(clients, -1, a.shape[2]))
 
         if places == 1:
-            weight = PerExample(_squares(a) * _squares(g), total)
-        elif 2 * places**2 < self.shape.numel():
-            of_a, of_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-            weight = PerExample(_ghost(_squares(a), _squares(g), of_a, of_g), total)
+            of_g = squares(g)
+            return {"weight": PerExample(squares(a) * of_g, total), "bias": written_out(g[:, 0], of_g)}
+        if 2 * places**2 < self.shape.numel():
+            products = (torch.bmm(t, t.transpose(1, 2)) for t in (a, g))
+            weight = PerExample(ghost(squares(a), squares(g), *products), total)
         else:
             weight = written_out(torch.bmm(g.transpose(1, 2), a))
-        return {"weight": weight, "bias": written_out(g[:, 0] if places == 1 else g.sum(1))}
-
-
-class Conv2d:
-    """A convolution of images (N, channels, height, width)."""
-
-    by_place = False
-
-    def __init__(self, module: nn.Conv2d) -> None:
-        self.shape = module.weight.shape
-        self.geometry: Any = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
-        self.mode, self.around = "", module._reversed_padding_repeated_twice
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            # Not what a convolution's own argument can say: the image is padded before it.
-            self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            self.geometry["padding"] = (0, 0)
-
-    def forward(self, w: Weights, x: Tensor) -> Output:
-        """Return the output, client by client: on a CPU convolutions with many groups are slower than many of them."""
-        x = F.pad(x, self.around, mode=self.mode) if self.mode else x
-        biases = w.get("bias", [None] * len(w["weight"]))
-        of_clients = zip(x.chunk(len(w["weight"])), w["weight"], biases, strict=True)
-        outs = [F.conv2d(images, weight, bias, **self.geometry) for images, weight, bias in of_clients]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return Output(out, out, x)
-
-    def gradients(self, seen: Tensor, g: Tensor) -> dict[str, PerExample]:
-        """Return the kernel's and the bias's gradients; L output pixels are an example's places."""
-        pixels = g[0, 0].numel()
-        if self.geometry["groups"] == 1 and GHOST_PIXELS * pixels**2 < self.shape.numel():
-            a, flat = self._patches(seen, g).squeeze(1), g.flatten(2)
-            of_a, of_g = torch.bmm(a.transpose(1, 2), a), torch.bmm(flat.transpose(1, 2), flat)
-            weight = PerExample(_ghost(_squares(a), _squares(g), of_a, of_g), lambda f: self._total(seen, g, f))
-        elif self.shape[1] >= VECTOR_CHANNELS:
-            weight = written_out(self._grouped(seen, g))
-        else:
-            # The short side of the product first: twice as fast as the other way round.
-            of_groups = g.view(len(g), self.geometry["groups"], -1, pixels)
-            found = self._patches(seen, g) @ of_groups.transpose(2, 3)
-            weight = written_out(found.transpose(2, 3).reshape(len(g), *self.shape))
-        return {"weight": weight, "bias": written_out(g.sum((2, 3)))}
-
-    def _grouped(self, seen: Tensor, g: Tensor) -> Tensor:
-        """Return the gradients (N, ...) as that of one image that has every example as a group of its channels."""
-        shape = torch.Size((len(g) * self.shape[0], *self.shape[1:]))
-        geometry = {**self.geometry, "groups": len(g) * self.geometry["groups"]}
-        found = conv2d_weight(seen.reshape(1, -1, *seen.shape[2:]), shape, g.reshape(1, -1, *g.shape[2:]), **geometry)
-        return found.view(len(g), *self.shape)
-
-    def _total(self, seen: Tensor, g: Tensor, factors: Tensor) -> Tensor:
-        scaled = g * factors.view(-1, 1, 1, 1)
-        of_clients = zip(seen.chunk(len(factors)), scaled.chunk(len(factors)), strict=True)
-        return torch.stack([conv2d_weight(x, self.shape, part, **self.geometry) for x, part in of_clients])
-
-    def _patches(self, x: Tensor, g: Tensor) -> Tensor:
-        """Return what the kernel lies upon at each output pixel, (N, groups, d, L).
-
-        A copy of a strided view: three times as fast as F.unfold.
-        """
-        (ph, pw), (sh, sw), (dh, dw) = (self.geometry[name] for name in ("padding", "stride", "dilation"))
-        x = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
-        image, channel, row, column = x.stride()
-        size = (*x.shape[:2], *self.shape[2:], *g.shape[2:])
-        view = x.as_strided(size, (image, channel, row * dh, column * dw, row * sh, column * sw))
-        return view.reshape(len(x), self.geometry["groups"], -1, g[0, 0].numel())
-
-
-VECTOR_CHANNELS = 8
-"""From as many input channels oneDNN's convolution is faster than patches, which then do not fit into a cache."""
-GHOST_PIXELS = 16
-"""Ghost norms take another product with patches for the sum: they pay later than memory alone would say."""
+        return {"weight": weight, "bias": written_out(g.sum(1))}
 
 
 class Embedding:
@@ -212,6 +72,9 @@ class Embedding:
 
     def forward(self, w: Weights, x: Tensor) -> Output:
         """Return the rows; all clients' tables are one, in which a client's tokens have numbers of their own."""
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.shape[0]:
+            # In the one table it would be a row of another client, and later a gradient of another example.
+            raise IndexError(f"a token is not in the embedding's {self.shape[0]} rows")
         first = torch.arange(len(w["weight"]), device=x.device) * self.shape[0]
         rows = x.reshape(len(w["weight"]), -1) + first.view(-1, 1)
         out = F.embedding(rows.view(x.shape), w["weight"].flatten(0, 1))
@@ -233,7 +96,7 @@ class Embedding:
             table = g.new_zeros(clients * entries, width)
             return table.index_add_(0, examples // batch * entries + tokens, scaled).view(clients, entries, width)
 
-        return {"weight": PerExample(g.new_zeros(len(seen)).index_add_(0, examples, _squares(rows)), total)}
+        return {"weight": PerExample(g.new_zeros(len(seen)).index_add_(0, examples, squares(rows)), total)}
 
 
 class LayerNorm:

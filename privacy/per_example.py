@@ -1,7 +1,7 @@
 """DP-SGD's sum of clipped per-example gradients (Abadi et al., CCS 2016), for C clients and B examples of each at once.
 
 sum_i g_i min(1, S / |g_i|), where S is the clipping norm and g_i the gradient of example i's own loss over all weights
-that move. No noise here. One forward and one backward pass, by book-keeping (layers.py); an objective of a strategy,
+that move. No noise here. One forward and one backward pass, by book-keeping (gradients.py); an objective of a strategy,
 which may do anything with the model, is differentiated example by example instead.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
 from core.steps import Loss, Objective
-from privacy.layers import PerExample, written_out
+from privacy.gradients import PerExample, written_out
 from privacy.recording import Recording
 
 
@@ -59,7 +59,7 @@ class ClippedGradients:
 
     def __init__(self, recording: Recording, loss: Loss) -> None:
         """Take the model's recording and (logits, y) -> each example's loss (B,)."""
-        self._recording, self._loss = recording, loss
+        self.recording, self._loss = recording, loss
 
     def __call__(
         self,
@@ -75,11 +75,11 @@ class ClippedGradients:
         if not real.numel():
             return _nothing(moving, real)
         with torch.enable_grad():
-            logits, notes = self._recording(params, x)
+            logits, notes = self.recording(params, x)
             losses = self._loss(logits, y.flatten(0, 1))
             places: Any = [note.at for note in notes]
             # Of whatever the loss does not depend on there is no gradient: it counts as zero.
-            found = torch.autograd.grad((losses * real.flatten()).sum(), places, allow_unused=True)
+            found = torch.autograd.grad(losses @ real.flatten().to(losses), places, allow_unused=True)
         taken = [(note, g) for note, g in zip(notes, found, strict=True) if g is not None]
 
         def gradients(broken: Tensor | None) -> dict[str, PerExample]:

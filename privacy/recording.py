@@ -21,7 +21,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
-from privacy.layers import Layer, PerExample, layer_of, written_out
+from privacy.gradients import Layer, PerExample, written_out
+from privacy.layers import layer_of
 
 
 class UnsuitableError(Exception):
@@ -58,7 +59,7 @@ class _Noted:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the output for all examples x (N, ...)."""
-        if not x.ndim or len(x) != self.examples:
+        if not x.ndim or x.shape[0] != self.examples:
             self.refuse()
         self.calls += 1
         values, anchor, seen = self.layer.forward(self.weights, x)
@@ -135,7 +136,7 @@ class Recording:
         examples = x.flatten(0, 1)
         notes: list[Note] = []
         for noted in self._noted.values():
-            noted.expect(params, len(examples), notes)
+            noted.expect(params, examples.shape[0], notes)
         bare = {name: _for_each(params[name], x.shape[1]) for name in self.bare}
         for name, p in bare.items():
             notes.append(Note(p, p.new_empty(len(p), 0), functools.partial(_bare, name)))
@@ -146,6 +147,9 @@ class Recording:
             logits = functional_call(self.twin, bare, (examples,)) if bare else self.twin(examples)
         if self.unsuitable():
             raise UnsuitableError
+        for noted in self._noted.values():
+            # The batch and autograd's graph are the caller's to keep.
+            noted.weights, noted.notes = {}, []
         return logits, notes
 
     def _mapped(self, bare: Tensors, examples: Tensor) -> Tensor:
