@@ -156,7 +156,9 @@ class Privacy(Section):
     epsilon: float = Field(
         0.0, ge=0, description="Budget: the noise is made for it, and the run ends before it is exceeded; 0 is none."
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="Probability that epsilon does not hold; below 1 / clients.")
+    delta: float = Field(
+        1e-5, ge=1e-12, lt=1, description="Probability that epsilon does not hold; below 1 / clients, from 1e-12 on."
+    )
     noise_multiplier: float = Field(
         0.0, ge=0, description="Noise in multiples of clipping-norm; 0 takes what privacy.epsilon needs. 0.5 to 2."
     )
