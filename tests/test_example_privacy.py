@@ -160,10 +160,9 @@ def test_one_seed_repeats_batches_and_noise_and_none_repeats_nothing(private: Ca
 
 def test_a_gradient_that_is_not_finite_adds_nothing_and_is_counted(private: Callable[..., RunConfig]) -> None:
     # The square of a gradient of -1e30 is beyond float32; the other client's step goes to the clipped 1 of 1.
-    run = simulate(private(
-        task="lines:Lines", dataset="1e30,1,3;1,1,1", clients=2, batch_size=8, local_steps=1, rounds=1,
-        server_examples=0, learning_rate=1.0, evaluate_every=1000, privacy__noise_seed=0, privacy__noise_multiplier=1e-6,
-    ))  # fmt: skip
+    settings = {"task": "lines:Lines", "dataset": "1e30,1,3;1,1,1", "clients": 2, "batch_size": 8, "local_steps": 1,
+                "rounds": 1, "server_examples": 0, "learning_rate": 1.0, "evaluate_every": 1000}  # fmt: skip
+    run = simulate(private(**settings, privacy__noise_seed=0, privacy__noise_multiplier=1e-6))
     [row] = [json.loads(line) for line in (run.path / "rounds.jsonl").open()]
     assert row["privacy"]["dropped_examples"] == 3
     # Weighted by examples: three of none and one of 1.

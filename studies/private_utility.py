@@ -1,6 +1,6 @@
 """What example-level privacy costs in utility, on three tasks and on four real hospitals: docs/privacy.md, its figure.
 
-    python studies/privacy.py [--tasks medical,fraud,nlp] [--seeds 3] [--heart DIR] [--out runs/privacy]
+    python studies/private_utility.py [--tasks medical,fraud,nlp] [--seeds 3] [--heart DIR] [--out runs/privacy]
 
 Noise is simulated, so that the runs repeat. Runs that --out has are not made again.
 """
