@@ -96,7 +96,7 @@ ACTS = {
         _with("privacy.level", "example", "client"),
     ),
     **dict.fromkeys(
-        ("privacy.noise", "privacy.mechanism", "privacy.clipping", "privacy.weight-cap"),
+        ("privacy.noise", "privacy.mechanism", "privacy.clipping", "privacy.weight-cap", "privacy.population"),
         _with("privacy.level", "client"),
     ),
     "privacy.clipping-quantile": _with("privacy.clipping", "adaptive"),
