@@ -11,9 +11,16 @@ SIMULATED = "simulated noise: not a guarantee"
 WHOM = {"example": "each example of a client", "client": "a client whole"}
 
 
+def extrapolated(privacy: Mapping[str, Any]) -> str:
+    """Return of whom epsilon is, where it is not of the run's own clients; empty where it is."""
+    population = privacy.get("population")
+    return f"of a population of {population:,}, extrapolated" if population else ""
+
+
 def bound(privacy: Mapping[str, Any]) -> str:
     """Return epsilon with its delta and level, and whether it is one."""
     said = f"epsilon {rate(privacy['epsilon'])} at delta {privacy['delta']:g}, {privacy['level']} level"
+    said = ", ".join(filter(None, (said, extrapolated(privacy))))
     return f"{said} ({SIMULATED})" if privacy.get("simulated") else said
 
 

@@ -9,6 +9,7 @@ from reports import heterogeneity, look, markup, plots
 from reports.heterogeneity import Counts
 from reports.load import RunData, nested
 from reports.markup import NO_HTML, Cell, Html, Section, cell, element, figure, join, key, paragraph, tile
+from reports.protection import extrapolated
 from reports.words import NOTHING, SCORES, duration, finite, metric, number, ordered, percent, plural, rate, size
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _privacy(summary: Mapping[str, Any]) -> Html:
     bound = f"{level} level, δ = {NOTHING if delta is None else format(delta, 'g')}"
     if privacy.get("accountant"):
         bound += f" ({privacy['accountant']})"
-    return tile("Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (bound, masks)))
+    return tile("Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (bound, extrapolated(privacy), masks)))
 
 
 def _which_model(run: RunData) -> Html:
