@@ -172,6 +172,12 @@ class Privacy(Section):
         0.5, gt=0, lt=1, description="For adaptive clipping: share of updates that clipping leaves as they are."
     )
     clipping_rate: float = Field(0.2, gt=0, description="For adaptive clipping: its learning rate, on the logarithm.")
+    population: int = Field(
+        0,
+        ge=0,
+        description="For level=client: clients of a deployment that the run stands for; noise and epsilon are theirs. "
+        "0 is the run's own.",
+    )
     weight_cap: int = Field(
         0, ge=0, description="For level=client: weigh updates by examples up to so many; 0 weighs clients alike."
     )

@@ -29,8 +29,8 @@ GRID_UP_TO = 8.0
 STEPS = 6
 # Whole ones: at others the sum for a Poisson sample may not converge.
 ORDERS = (*range(2, 9), 10, 12, 16, 24, 32, 64)
-# Larger epsilons protect nobody: for them moments are good enough.
-PLD_MOST = 100.0
+# Larger epsilons protect nobody, and exp(loss) would not fit in a float: moments answer for them.
+PLD_MOST = 300.0
 # A calibrated noise multiplier has so many digits, and is at least this; the search for it begins with this step.
 DIGITS = 4
 LEAST = 0.05

@@ -10,6 +10,10 @@ divided by the expected number, so that one client changes the sum by S and noth
 noise. What travels beside the model (scaffold's controls) is one vector with it. Under local noise each client adds
 N(0, (z S)^2 I) to its own update before it leaves; the server sees who sent what, so nothing is gained by sampling, and
 two updates may differ by 2 S. Adaptive clipping is Andrew et al., NeurIPS 2021, equation 4 and algorithm 1.
+
+A run may stand for a deployment with more clients, of whom the same share takes part in a round: the noise of its sum
+is z S clients / population, so that its mean is as noisy as one of q population clients would be (the noise cohort of
+Granqvist et al., NeurIPS 2024, Datasets and Benchmarks). Epsilon is then the deployment's, and nobody's here.
 """
 
 from __future__ import annotations
@@ -72,12 +76,17 @@ class ClientLevel:
         return self.config.privacy.clipping == "adaptive"
 
     @property
+    def scale(self) -> float:
+        """Return the noise that this run adds over what epsilon needs: 1, or less where it stands for more clients."""
+        return self.config.clients / (self.config.privacy.population or self.config.clients)
+
+    @property
     def count_noise(self) -> float:
         """Return the standard deviation of the noise on the number of updates within the clipping norm.
 
         Of few clients the count gets as much as the sum, so that it never takes more than a quarter of the budget.
         """
-        return max(self.expected * COUNT_SHARE, self.noise_multiplier)
+        return max(self.expected * COUNT_SHARE, self.noise_multiplier * self.scale)
 
     @property
     def sum_multiplier(self) -> float:
@@ -85,9 +94,8 @@ class ClientLevel:
 
         The count is of b - 1/2, so that one client moves it by 1/2: z_sum = (z^-2 - (2 sigma_b)^-2)^-1/2.
         """
-        if not self.adaptive:
-            return self.noise_multiplier
-        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+        z = self.noise_multiplier * self.scale
+        return float((z**-2 - (2 * self.count_noise) ** -2) ** -0.5) if self.adaptive else z
 
     @property
     def banded(self) -> bool:

@@ -98,12 +98,19 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             "privacy.noise=distributed adds noise inside secure aggregation, which this version does not have yet; "
             "choose privacy.noise=central or local."
         )
-    yield from _delta_too_large(own.delta, config.clients, "clients")
+    yield from delta_too_large(own.delta, max(config.clients, own.population), "clients")
     if own.noise == "local":
-        for key, value in {"mechanism": own.mechanism, "clipping": own.clipping}.items():
-            if value not in ("gaussian", "fixed"):
-                yield f"privacy.{key}={value} is done by the server; set privacy.noise=central, or drop it."
+        for key in ("mechanism", "clipping", "population"):
+            if (value := getattr(own, key)) not in ("gaussian", "fixed", 0):
+                yield f"privacy.{key}={value} is about the server's noise; set privacy.noise=central, or drop it."
         return
+    if own.population and own.population <= config.clients:
+        yield (
+            f"privacy.population={own.population} is no more than the {config.clients} clients of this run; name the "
+            "clients of the deployment that it stands for, or drop it."
+        )
+    if own.population and own.mechanism == "banded":
+        yield "privacy.population scales the noise of privacy.mechanism=gaussian; set that, or drop it."
     if not subject.linear:
         yield (
             f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
@@ -132,7 +139,7 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
 
 def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
     own = config.privacy
-    yield from _delta_too_large(own.delta, int(subject.sizes.max()), "examples of the largest client")
+    yield from delta_too_large(own.delta, int(subject.sizes.max()), "examples of the largest client")
     if not subject.by_example:
         yield (
             f"clients of strategy {config.strategy} use their examples otherwise than in gradient steps, which "
@@ -172,7 +179,8 @@ def _affordable(config: RunConfig, subject: Subject) -> None:
         )
 
 
-def _delta_too_large(delta: float, count: int, what: str) -> Iterator[str]:
+def delta_too_large(delta: float, count: int, what: str) -> Iterator[str]:
+    """Yield why a delta is too large for so many, if it is."""
     if delta * count >= 1:
         yield (
             f"privacy.delta={delta:g} with {count} {what} allows to publish one of them whole; set less than "
@@ -186,6 +194,8 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
     `standardise` says whose constants scale the inputs, `tuned` whether a decision threshold is chosen on validation.
     """
     own, found = config.privacy, []
+    if own.population:
+        found.append(f"the {config.clients:,} clients of this run, whose noise is that of {own.population:,}")
     if not _covered(own.level, standardise):
         found.append("the means and deviations that scale the inputs")
     elif standardise == "local":

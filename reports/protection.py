@@ -25,9 +25,16 @@ WHO = {
 HEIGHT = 240
 
 
+def extrapolated(privacy: Mapping[str, Any]) -> str:
+    """Return of whom epsilon is, where it is not of the run's own clients; empty where it is."""
+    population = privacy.get("population")
+    return f"of a population of {population:,}, extrapolated" if population else ""
+
+
 def bound(privacy: Mapping[str, Any]) -> str:
     """Return epsilon with its delta and level, and whether it is a guarantee."""
     said = f"epsilon {rate(privacy['epsilon'])} at delta {privacy['delta']:g}, {privacy['level']} level"
+    said = ", ".join(filter(None, (said, extrapolated(privacy))))
     return f"{said} ({SIMULATED})" if privacy.get("simulated") else said
 
 
@@ -54,7 +61,9 @@ def headline(summary: Mapping[str, Any]) -> Html:
     if privacy.get("accountant"):
         said += f" ({privacy['accountant']})"
     simulated = SIMULATED if privacy.get("simulated") else ""
-    return tile("Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (said, simulated, masks)))
+    return tile(
+        "Privacy", f"ε = {rate(privacy.get('epsilon'))}", *filter(None, (said, extrapolated(privacy), simulated, masks))
+    )
 
 
 def section(run: RunData) -> Section | None:

@@ -68,6 +68,7 @@ class Privacy:
             row["noise_multiplier"] = self._level.noise_multiplier
         if self._sum is not None:
             row |= {"sampling_rate": self._level.rate, "clipping_norm": self._sum.used_norm}  # type: ignore[union-attr]
+            row |= {"population": self._own.population} if self._own.population else {}
             if self._sum.within is not None:
                 row["within_clipping_norm"] = self._sum.within
         return {"privacy": row}
@@ -125,6 +126,8 @@ class Privacy:
         }
         if self._level is not None:
             about |= {"noise_multiplier": self._level.noise_multiplier, "sampling_rate": self._level.rate}
+        if self._own.population:
+            about["population"] = self._own.population
         if EVERYBODY not in self.ledger.spent:
             about["clients"] = {str(client): self.ledger.of(client) for client in sorted(self.ledger.spent)}
         return about

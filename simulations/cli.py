@@ -139,6 +139,38 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def privacy(
+    clients: Annotated[int, typer.Option(metavar="N", help="Clients of the federation.")],
+    rounds: Annotated[int, typer.Option(metavar="T", help="Rounds of training.")],
+    sampled: Annotated[float | None, typer.Option(metavar="M", help="Clients a round, or a share; else all.")] = None,
+    delta: Annotated[float | None, typer.Option(metavar="D", help="Below 1 / clients; else 1e-5.")] = None,
+    epsilon: Annotated[float | None, typer.Option(metavar="E", help="The budget; else 1, 2, 4 and 8.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(metavar="Z", help="The noise in clipping norms, instead of a budget.")
+    ] = None,
+    level: Annotated[str, typer.Option(metavar="LEVEL", help="Whom noise hides: client or example.")] = "client",
+    noise: Annotated[str | None, typer.Option(metavar="WHERE", help="At level client: central or local.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="At level example: examples of a client.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="B", help="At level example, as in a run.")] = None,
+    local_epochs: Annotated[int | None, typer.Option(metavar="E", help="At level example, as in a run.")] = None,
+    local_steps: Annotated[int | None, typer.Option(metavar="K", help="At level example, as in a run.")] = None,
+    parameters: Annotated[int, typer.Option(metavar="P", min=1, help="Numbers that the model has.")] = 10_000,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for a page with plots, and the numbers.")] = "",
+) -> None:
+    """Plan privacy, running nothing: fedra privacy --clients 1000 --sampled 50 --rounds 200 --delta 1e-4"""
+    from simulations.privacy_plan import privacy_plan
+
+    given = {
+        "clients": clients, "sampled": sampled, "rounds": rounds, "level": level, "noise": noise, "delta": delta,
+        "epsilon": epsilon, "noise-multiplier": noise_multiplier, "examples": examples, "batch-size": batch_size,
+        "local-epochs": local_epochs, "local-steps": local_steps, "parameters": parameters,
+    }  # fmt: skip
+    privacy_plan({name: value for name, value in given.items() if value is not None}, out=out, console=console)
+
+
+@app.command()
 def flower(
     app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="A Flower app: the folder of its pyproject.toml.")],
     nodes: Annotated[int, typer.Option(min=1, help="Clients; each gets its partition-id.")] = 10,

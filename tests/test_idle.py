@@ -59,8 +59,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "privacy.clipping": ("adaptive", {"privacy.level": "client"}),
     "privacy.weight-cap": (3, {"privacy.level": "client"}),
     "privacy.population": (3, {"privacy.level": "client"}),
-    "privacy.clipping-quantile": (0.1, {"privacy.clipping": "adaptive"}),
-    "privacy.clipping-rate": (0.1, {"privacy.clipping": "adaptive"}),
+    "privacy.clipping-quantile": (0.1, {"privacy.clipping": "adaptive", "privacy.level": "client"}),
+    "privacy.clipping-rate": (0.1, {"privacy.clipping": "adaptive", "privacy.level": "client"}),
     "engine.gpus-per-worker": (0.5, {"engine.workers": 2}),
     "engine.address": ("auto", {"engine.workers": "auto"}),
 }
