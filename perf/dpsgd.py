@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from privacy.fitness import clipped_gradients
+from privacy.per_example.fitness import clipped_gradients
 from tasks.base import classification_loss
 from tasks.text_models import BagOfEmbeddings, TextTransformer
 

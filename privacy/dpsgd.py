@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from core.records import Tensors
 from core.steps import Gradients, Loss, Terms
-from privacy.fitness import EXAMPLES, clipped_gradients
 from privacy.noise import Source, noised
-from privacy.per_example import ClippedObjective, ClippedSum
+from privacy.per_example.clipped import ClippedObjective, ClippedSum
+from privacy.per_example.fitness import EXAMPLES, clipped_gradients
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
 from core.steps import Loss
-from privacy import fitness
 from privacy.accounting import epsilon
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
+from privacy.per_example import fitness
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from core.errors import InputError
 from core.steps import Loss
-from privacy.fitness import check, clipped_gradients
-from privacy.per_example import Clipped, ClippedGradients, ClippedObjective, ClippedSum
-from privacy.recording import Recording
+from privacy.per_example.clipped import Clipped, ClippedGradients, ClippedObjective, ClippedSum
+from privacy.per_example.fitness import check, clipped_gradients
+from privacy.per_example.recording import Recording
 from tasks.base import classification_loss
 from tasks.text_models import BagOfEmbeddings, TextTransformer
 

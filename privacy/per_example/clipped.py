@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
 from core.steps import Loss, Objective
-from privacy.gradients import PerExample, written_out
-from privacy.recording import Recording
+from privacy.per_example.gradients import PerExample, written_out
+from privacy.per_example.recording import Recording
 
 
 class Clipped(NamedTuple):
@@ -55,7 +55,7 @@ class ClippedSum(Protocol):
 
 
 class ClippedGradients:
-    """The clipped sum for a model; `privacy.fitness.clipped_gradients` makes one that is known to be right."""
+    """The clipped sum for a model; `fitness.clipped_gradients` makes one that is known to be right."""
 
     def __init__(self, recording: Recording, loss: Loss) -> None:
         """Take the model's recording and (logits, y) -> each example's loss (B,)."""

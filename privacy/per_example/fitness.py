@@ -21,8 +21,8 @@ from core.errors import InputError
 from core.records import Tensors
 from core.seeding import rng
 from core.steps import Loss
-from privacy.per_example import Clipped, ClippedGradients, ClippedObjective, ClippedSum
-from privacy.recording import Recording
+from privacy.per_example.clipped import Clipped, ClippedGradients, ClippedObjective, ClippedSum
+from privacy.per_example.recording import Recording
 
 EXAMPLES = 3
 MOST_EXAMPLES = 1000

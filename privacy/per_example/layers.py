@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privacy.convolution import Conv2d
-from privacy.gradients import Layer, Output, PerExample, Weights, ghost, squares, written_out
+from privacy.per_example.convolution import Conv2d
+from privacy.per_example.gradients import Layer, Output, PerExample, Weights, ghost, squares, written_out
 
 
 def layer_of(module: nn.Module) -> Layer | None:

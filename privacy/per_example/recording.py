@@ -21,8 +21,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.records import Tensors
-from privacy.gradients import Layer, PerExample, written_out
-from privacy.layers import layer_of
+from privacy.per_example.gradients import Layer, PerExample, written_out
+from privacy.per_example.layers import layer_of
 
 
 class UnsuitableError(Exception):

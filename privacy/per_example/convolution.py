@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from privacy.gradients import Output, PerExample, Weights, ghost, squares, written_out
+from privacy.per_example.gradients import Output, PerExample, Weights, ghost, squares, written_out
 
 VECTOR_CHANNELS = 8
 """From as many input channels a convolution with a group for each example is faster than patches (oneDNN, measured)."""

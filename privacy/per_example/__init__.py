@@ -1,0 +1,1 @@
+"""Gradients of single examples, clipped and summed for many clients at once: what DP-SGD adds noise to."""
