@@ -34,6 +34,11 @@ PRIVATE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 HEART = {"clients": 4, "privacy.clipping-norm": 1.1, "privacy.delta": 1e-4, "privacy.preprocessing": "uncovered"}
+# A thousand authors of 34 notes each, a fifth of them in a round.
+AUTHORS = {
+    "clients": 1000, "sampled": 200, "rounds": 40, "local-epochs": 5, "optimizer": "sgd", "learning-rate": 2.0,
+    "evaluated": 50, "evaluate-every": 40, "engine.cohort-size": 16, "partition.min-examples": 1,
+}  # fmt: skip
 HEART_SEEDS, HEART_RATES = range(42, 47), (0.001, 0.003)
 
 
@@ -56,6 +61,15 @@ def heart(epsilon: float, rate: float, folder: Path) -> RunConfig:
         return preset("heart", common)
     level = {"privacy.level": "example", "privacy.epsilon": epsilon, "privacy.noise-seed": 0}
     return preset("heart", {**common, **HEART, **level})
+
+
+def authors(epsilon: float) -> RunConfig:
+    """Return a run of many small clients that are hidden whole, at an epsilon."""
+    common = {**AUTHORS, "baselines": False, "engine.workers": 0}
+    if epsilon == NONE:
+        return preset("nlp", common)
+    level = {"privacy.level": "client", "privacy.epsilon": epsilon, "privacy.delta": 1e-4, "privacy.noise-seed": 0}
+    return preset("nlp", {**common, **level})
 
 
 def spread(values: list[float]) -> str:
@@ -110,6 +124,10 @@ def main() -> None:
     rows = [[f"{task}, {METRICS[task]}", *map(spread, values.values())] for task, values in found.items()]
     fill(given.page, "privacy", table(head, rows))
     draw(found, given.page.parent / "figures" / "privacy.png")
+    made = {e: [runs(authors(e).with_(seed=seed)) for seed in range(given.seeds)] for e in (*EPSILONS, NONE)}
+    means = {e: spread([run.metrics["accuracy"] for run in own]) for e, own in made.items()}
+    print("authors", *means.values(), sep="\t", flush=True)
+    fill(given.page, "clients", table(head, [["nlp, 1000 clients, accuracy", *means.values()]]))
     if given.heart:
         lines = []
         for rate in HEART_RATES:
