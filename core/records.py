@@ -34,6 +34,8 @@ ENCODED = "encoded"
 CLIPPING_NORM = "clipping-norm"
 WITHIN = "within-clipping-norm"
 EVENT_RATE, EVENT_NOISE, EVENT_COUNT = "event-rate", "event-noise-multiplier", "event-count"
+# What the canary examples of an audited client look like to an observer.
+CANARIES = "canary-scores"
 # Code of an error that is no fault: the client could not be reached, or was too late.
 LOST = 1000
 # How the reason begins for which the server took nothing of an answer.

@@ -17,6 +17,7 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
 from privacy.accounting import epsilon
+from privacy.audit.canaries import most
 from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 
@@ -47,6 +48,7 @@ def check(config: RunConfig, subject: Subject) -> None:
     """Raise `InputError` where a run would not be as private as it says."""
     level = config.privacy.level
     rules = {"none": (_no_promise,), "client": (_always, _of_clients), "example": (_always, _of_examples)}[level]
+    rules = (*rules, _audited) if config.audit.canaries else rules
     for rule in rules:
         for sentence in rule(config, subject):
             raise InputError(sentence)
@@ -59,6 +61,21 @@ def _no_promise(config: RunConfig, subject: Subject) -> Iterator[str]:
     for key, value in config.flat().items():
         if key.startswith("privacy.") and value != defaults[key]:
             yield f"{key}={value} protects nobody with privacy.level=none; set privacy.level=example or client."
+
+
+def _audited(config: RunConfig, subject: Subject) -> Iterator[str]:
+    own, given = config.privacy, config.audit.canaries
+    if own.level == "none":
+        yield f"audit.canaries={given} measures noise, and privacy.level=none has none; set a level, or drop it."
+    elif own.level == "client" and (own.noise != "central" or own.mechanism != "gaussian"):
+        yield (
+            f"audit.canaries={given} is for noise that a server adds anew in every round; set privacy.noise=central "
+            "and privacy.mechanism=gaussian, or drop it."
+        )
+    size = sum(p.numel() for p in travelling(subject.model).values())
+    room = most(size) * (config.clients if own.level == "example" else 1)
+    if given > room:
+        yield f"audit.canaries={given} is more than a model of {size:,} parameters has room for; set {room} or fewer."
 
 
 def _always(config: RunConfig, subject: Subject) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Observed:
     """Answers that would have poisoned the model."""
     spent: list[tuple[int, Event, int]] = field(default_factory=list)
     """Client, event and how often: what private answers have cost, as their clients say."""
+    canaries: list[tuple[int, bytes]] = field(default_factory=list)
+    """Client and what its canary examples look like, in an audited run."""
     virtual_seconds: float = 0.0
     """Until the last answer that counts, by the clients' virtual clocks."""
     downlink_bytes: int = 0
@@ -213,6 +215,7 @@ class ObservedGrid(Grid):
         if records.EVENT_COUNT in rows:
             events = map(Event, rows[records.EVENT_RATE], rows[records.EVENT_NOISE])
             self._observed.spent.extend(zip(covered, events, rows[records.EVENT_COUNT], strict=True))
+        self._observed.canaries.extend(zip(covered, rows.get(records.CANARIES, []), strict=False))
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
         self._observed.virtual_seconds = max(self._observed.virtual_seconds, slowest)
         self._observed.clients["client"].extend(covered)

@@ -17,6 +17,7 @@ from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
+from server.canaries import CanaryClients, CanaryExamples
 from server.private_sum import PrivateSum
 from tasks.base import Task
 
@@ -34,10 +35,16 @@ class Privacy:
         self.ledger = Ledger(self._own.delta, folder / LEDGER if self._own.level != "none" else None)
         self._sum: PrivateSum | None = None
         self._level: ClientLevel | None = None
+        self.canaries: CanaryClients | CanaryExamples | None = None
+        """Of an audited run."""
+        if self._own.level == "example" and config.audit.canaries:
+            self.canaries = CanaryExamples(config)
         if self._own.level == "client":
             self._level = ClientLevel.of(config)
             if self._own.noise == "central":
-                self._sum = PrivateSum(self._level, self.ledger, source(self._own.noise_seed))
+                noise = source(self._own.noise_seed)
+                watched = CanaryClients(self._level, noise) if config.audit.canaries else None
+                self._sum, self.canaries = PrivateSum(self._level, self.ledger, noise, watched), watched
 
     @property
     def needs_each(self) -> bool:
@@ -54,10 +61,15 @@ class Privacy:
         if self._sum is not None:
             self._sum.stand_before(strategy)
 
-    def observe(self, server_round: int, spent: list[tuple[int, Event, int]]) -> dict[str, Any]:
-        """Return a round's part in rounds.jsonl. `spent` is what clients say that their answers cost them."""
+    def observe(
+        self, server_round: int, spent: list[tuple[int, Event, int]], canaries: list[tuple[int, bytes]]
+    ) -> dict[str, Any]:
+        """Return a round's part in rounds.jsonl. `spent` is what clients say that their answers cost them, `canaries`
+        what an observer of an audited client makes of its canary examples."""
         if self._own.level == "none":
             return {}
+        if isinstance(self.canaries, CanaryExamples):
+            self.canaries.take(canaries)
         if self._sum is None:
             self.ledger.spend(server_round, spent)
         row: dict[str, Any] = {"epsilon": self.ledger.worst()}
@@ -107,15 +119,21 @@ class Privacy:
         }
         if self._level is not None:
             about |= {"noise_multiplier": self._level.noise_multiplier, "sampling_rate": self._level.rate}
+        if self.canaries is not None:
+            included = self.canaries.included
+            about["canaries"] = {"number": included.size, "included": int(included.sum())}
         if EVERYBODY not in self.ledger.spent:
             about["clients"] = {str(client): self.ledger.of(client) for client in sorted(self.ledger.spent)}
         return about
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the ledger's own file."""
-        return self._sum.state() if self._sum is not None else {}
+        own = {"canaries": self.canaries.state()} if self.canaries is not None else {}
+        return self._sum.state() | own if self._sum is not None else own
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remember what `state` returned."""
         if self._sum is not None:
             self._sum.restore(state)
+        if self.canaries is not None:
+            self.canaries.restore(state["canaries"])

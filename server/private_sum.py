@@ -23,6 +23,7 @@ from core.records import to_arrays, to_numpy
 from privacy.accounting import Ledger
 from privacy.client_level import ClientLevel
 from privacy.noise import Source, noised
+from server.canaries import CanaryClients
 
 Vectors = dict[str, np.ndarray]
 # Of a cohort's mean in float32, against the sum of its clients' clipping norms.
@@ -32,8 +33,10 @@ TOLERANCE = 1e-3
 class PrivateSum:
     """Stands between the round's replies and the strategy."""
 
-    def __init__(self, level: ClientLevel, ledger: Ledger, noise: Source) -> None:
-        self._level, self._ledger, self._noise = level, ledger, noise
+    def __init__(
+        self, level: ClientLevel, ledger: Ledger, noise: Source, canaries: CanaryClients | None = None
+    ) -> None:
+        self._level, self._ledger, self._noise, self._canaries = level, ledger, noise, canaries
         self.clipping_norm = level.config.privacy.clipping_norm
         """Of the next round."""
         self.used_norm = self.clipping_norm
@@ -71,7 +74,8 @@ class PrivateSum:
 
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
-        total = self._sum(answers)
+        honest = self._sum(answers)
+        total = self._with_canaries(server_round, honest)
         self._ledger.spend(server_round, self._level.round_events([]))
         noise, norm = self._noise.at("sum", server_round), self.clipping_norm
         deviation, expected = self._level.sum_multiplier * norm, self._level.expected
@@ -79,6 +83,9 @@ class PrivateSum:
         for name, values in total.items():
             noisy = noised(torch.from_numpy(values), deviation, noise).numpy()
             mean[name] = ((0.0 if "/" in name else self._sent[name]) + noisy / expected).astype(np.float32)
+        if self._canaries is not None:
+            away = {name: value if "/" in name else value - self._sent[name] for name, value in mean.items()}
+            self._canaries.watch({name: value * expected for name, value in away.items()}, honest, total, norm)
         self.used_norm = norm
         if self._level.adaptive:
             count = sum(_within(answer) for answer in answers)
@@ -90,6 +97,14 @@ class PrivateSum:
         weights = [_weight(answer) for answer in answers]
         metrics[records.TRAIN_LOSS] = float(np.average(losses, weights=weights)) if losses else float("nan")
         return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: MetricRecord(metrics)})
+
+    def _with_canaries(self, server_round: int, total: Vectors) -> Vectors:
+        """Return the sum with that of an audited run's canaries, which are clipped and checked as everybody is."""
+        if self._canaries is None:
+            return total
+        answer = self._canaries.answer(server_round, self._sent, tuple(total), self.clipping_norm)
+        hidden = self._sum([answer] if answer else [])
+        return {name: value + hidden[name] for name, value in total.items()}
 
     def _sum(self, answers: Sequence[RecordDict]) -> Vectors:
         """Return the sum of w_k clip(update_k) by name, float64, over answers that may each speak for many clients."""

@@ -136,6 +136,8 @@ class Session:
             "stopped_by": self.stopped_by or None,
             "error": error or None,
         }
+        if self.privacy.canaries is not None:
+            self.folder.write_json("canaries.json", self.privacy.canaries.findings())
         self.folder.finish(records.in_dtypes_of(kept["arrays"], records.travelling(self.model)), summary)
         try:
             write_report(self.folder.path)
@@ -209,7 +211,7 @@ class Session:
         self.selection.observe(number, observed.clients)
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
-        row |= self.privacy.observe(number, observed.spent)
+        row |= self.privacy.observe(number, observed.spent, observed.canaries)
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
