@@ -76,7 +76,7 @@ class CanarySteps:
         out = noised({name: t + own.view(t.shape).to(t) for (name, t), own in zip(sums.items(), parts, strict=True)})
         released = _flat(out) * torch.tensor(self.expected, dtype=torch.float64)[:, None]
         along = to.along((released - flat) / self.clipping_norm)[:, :m].numpy()
-        for i in np.flatnonzero(self.left > 0):
+        for i in np.flatnonzero(self.left > 0).tolist():
             z = self.events[i].noise_multiplier
             noise = Noise()
             noise.add(released[i] - flat[i] - hidden[i], z * self.clipping_norm)
