@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reports import markup
+from reports import look, markup
 from reports.load import RunData
-from reports.markup import NO_HTML, Html, Section, element, join, paragraph, tile
+from reports.markup import Html, Section, element, figure, join, key, paragraph, tile
 from reports.words import NOTHING, duration, finite, metric, number, ordered, percent, plural, rate
 
 Found = Mapping[str, Any]
@@ -16,6 +16,15 @@ OBSERVERS = {
     "known": "knows all but the coins and the noise",
     "released": "sees what was released",
 }
+ATTACKS = {
+    "threshold": "small loss",
+    "calibrated": "loss below other models'",
+    "lira offline": "LiRA, offline",
+    "lira": "LiRA",
+}
+# Left end of the drawn curves.
+LEAST = 1e-3
+HEIGHT = 280
 LEVELS = {"client": "the server's noisy sums", "example": "the noisy sums of clients' steps"}
 
 
@@ -112,6 +121,82 @@ def _canaries(found: Found) -> Html:
     )
 
 
+def _membership_lines(found: Found) -> Iterator[str]:
+    yield f"{_pool(found)}."
+    for name, one in found["attacks"].items():
+        rates = ", ".join(f"{_found(at)} of members at {percent(at['fpr'], 1)}" for at in one["rates"])
+        yield f"{ATTACKS[name]}: AUC {number(one['auc'])}; finds {rates} false positives"
+    yield _few(found)
+
+
+def _found(at: Found) -> str:
+    """Return the share of members that were found, with its limits."""
+    return f"{percent(at['tpr'], 1)} ({number(100 * at['low'], 1)} to {number(100 * at['high'], 1)})"
+
+
+def _pool(found: Found) -> str:
+    shadows = plural(found["shadows"], "shadow model") if found["shadows"] else "no shadow models"
+    return (
+        f"{plural(found['members'], 'training example')} against {found['others']:,} of test splits and the central "
+        f"test set, the model of round {found['rounds']}, {shadows}"
+    )
+
+
+def _few(found: Found) -> str:
+    """Return what rare false positives mean among as many examples as there are."""
+    said = [
+        f"{percent(at['fpr'], 1)} of {found['others']:,} are {at['allowed'] or 'none'}"
+        for at in next(iter(found["attacks"].values()))["rates"]
+    ]
+    return f"false positives: {', '.join(said)}"
+
+
+def _membership(found: Found) -> Html:
+    headings = ["Attack", "AUC", "Balanced accuracy"]
+    headings += [f"Found at {percent(at['fpr'], 1)} false positives" for at in _first(found)["rates"]]
+    rows = [
+        (
+            ATTACKS[name].capitalize(), number(one["auc"]), number(one["balanced_accuracy"]),
+            *map(_found, one["rates"]),
+        )
+        for name, one in found["attacks"].items()
+    ]  # fmt: skip
+    note = (
+        f"{_pool(found)}. An attacker who guesses finds as many members as there are false positives, and has AUC 0.5. "
+        f"In brackets: {percent(found['confidence'])} Clopper-Pearson limits. {_few(found).capitalize()}. The shadow "
+        "models are federations of the same making on random halves of these examples, averaged whatever the run's "
+        "strategy. An attack that fails is no proof of privacy: a better one may not."
+    )
+    parts = [element("h3", "Membership inference"), markup.table(headings, rows, even=True)]
+    return join([*parts, _curves(found), paragraph(note, quiet=True)])
+
+
+def _first(found: Found) -> Found:
+    first: Found = next(iter(found["attacks"].values()))
+    return first
+
+
+def _curves(found: Found) -> Html:
+    """Return true against false positives of each attack, both on log scales: the left end is what counts."""
+    colors = dict(zip(ATTACKS, look.PALETTE, strict=False))
+    hover: dict[str, Any] = {"hovertemplate": "%{y:.2%} of members at %{x:.2%} false positives"}
+    traces = []
+    for name, one in found["attacks"].items():
+        rates, hits = zip(*one["curve"], strict=True)
+        traces.append(look.line(rates, hits, ATTACKS[name], colors[name], **hover))
+    ends = [LEAST, 1.0]
+    traces.append(look.line(ends, ends, "a guess", look.GREY, dash="dash", width=1.6, **hover))
+    axis = {"type": "log", "range": [-3, 0], "tickformat": ".1~%"}
+    names = [("line", colors[name], ATTACKS[name]) for name in found["attacks"]]
+    chart = look.figure(
+        traces,
+        {**axis, "title": {"text": "false positives (log scale)"}},
+        {**axis, "title": {"text": "members found (log scale)"}},
+        height=HEIGHT,
+    )
+    return figure(chart, "Members found against false positives", key([*names, ("dash", look.GREY, "a guess")]))
+
+
 def _rate(value: object) -> str:
     return "0" if value == 0 else rate(value)
 
@@ -121,5 +206,5 @@ def _probability(value: object) -> str:
     return NOTHING if known is None else "at most 1" if known >= 1 else f"at most {known:.2g}"
 
 
-SAID = {"canaries": _canary_lines}
-PARTS = {"canaries": _canaries}
+SAID = {"canaries": _canary_lines, "membership": _membership_lines}
+PARTS = {"canaries": _canaries, "membership": _membership}

@@ -16,6 +16,7 @@ from reports import audit as words
 from reports.page import write_report
 from server.recorder import RunFolder
 from simulations.audit_canaries import audit_canaries
+from simulations.audit_membership import audit_membership
 from simulations.progress import bar
 from simulations.run import Run, one_thread, quiet
 
@@ -50,6 +51,7 @@ class Order:
 
 PARTS: dict[str, Callable[[Order], dict[str, Any]]] = {
     "canaries": lambda order: audit_canaries(order.run, order.folder, order.canaries, order.progress),
+    "membership": lambda order: audit_membership(order.run, order.folder, order.shadows, order.progress),
 }
 
 
@@ -61,6 +63,8 @@ def audit(
     The run's own files stay as they are: what is new stands in audit.json and audit/, and report.html is made again.
     """
     quiet()
+    if shadows == 1:
+        raise InputError("--shadows 1: each example needs a model with it and one without; give 2 or more, or 0.")
     for name in only:
         if name not in PARTS:
             raise unknown("part of an audit", name, PARTS)

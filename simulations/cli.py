@@ -142,7 +142,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 def audit(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     canaries: Annotated[int | None, typer.Option(metavar="N", min=1, help="1000 by default, or what fits.")] = None,
-    shadows: Annotated[int, typer.Option(metavar="K", min=2, help="Shadow models of membership inference.")] = 16,
+    shadows: Annotated[int, typer.Option(metavar="K", min=0, help="Shadow models of membership inference.")] = 16,
     only: Annotated[str, typer.Option(metavar="PARTS", help="Of canaries,membership,inversion, with commas.")] = "",
 ) -> None:
     """Attack a finished run: does its noise hold what epsilon claims, who was in it, what does an update show?"""
