@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import look, markup
 from reports.load import RunData
-from reports.markup import Html, Section, element, figure, join, key, paragraph, tile
+from reports.markup import Html, Section, cell, element, figure, join, key, paragraph, tile
 from reports.words import NOTHING, duration, finite, metric, number, ordered, percent, plural, rate
 
 Found = Mapping[str, Any]
@@ -21,6 +21,16 @@ ATTACKS = {
     "calibrated": "loss below other models'",
     "lira offline": "LiRA, offline",
     "lira": "LiRA",
+}
+BY = {
+    "first layer": "the first layer, a fully connected one",
+    "gradient matching": "inputs whose gradient points the same way",
+    "embedding rows": "the rows of the embedding that moved",
+}
+CLEAR = {
+    "images": "Recovered: 20 dB or more.",
+    "table": "Recovered: within a tenth of its length.",
+    "words": "Words are hashes here, and their order is not in the update.",
 }
 # Left end of the drawn curves.
 LEAST = 1e-3
@@ -100,7 +110,11 @@ def _canaries(found: Found) -> Html:
         tile("Verdict", found["verdict"]),
         tile("Claimed", f"ε = {rate(found['epsilon'])}", f"{found['level']} level, δ = {found['delta']:g}"),
         tile("Proven", f"ε ≥ {number(best, 2)}", f"{percent(found['confidence'])} confidence"),
-        tile("Noise", f"{number(noise[0])} ×", f"what the ledger counts; {number(noise[1])} to {number(noise[2])}"),
+        tile(
+            "Noise",
+            f"{percent(noise[0])}",
+            f"of what the ledger counts; {percent(noise[1], 1)} to {percent(noise[2], 1)}",
+        ),
     ]
     rows = [
         (
@@ -197,6 +211,59 @@ def _curves(found: Found) -> Html:
     return figure(chart, "Members found against false positives", key([*names, ("dash", look.GREY, "a guess")]))
 
 
+def _inversion_lines(found: Found) -> Iterator[str]:
+    yield f"one update of {found['client']} in round 1, by {BY[found['by']]}; {_guess(found)}."
+    for case in found["cases"]:
+        yield f"{case['amount']}, {case['protection']}: {_shown(found['kind'], case)}"
+
+
+def _guess(found: Found) -> str:
+    """Return what one gets who has not seen the update."""
+    return {
+        "images": f"an even grey has {number(found['guess'], 1)} dB",
+        "table": "a guess of zeros is 1 off",
+        "words": f"of k words guessed at random k / {found['guess']:,.0f} are right",
+    }[found["kind"]]
+
+
+def _shown(kind: str, case: Found) -> str:
+    if "skipped" in case:
+        return f"{case['skipped']}"
+    if kind == "words":
+        return f"{case['recovered']:,} of {plural(case['words'], 'word')} ({percent(case['best'])})"
+    told = {"images": "{} dB at best, {} in the middle", "table": "{} off at best, {} in the middle"}[kind]
+    digits = 1 if kind == "images" else 3
+    values = told.format(number(case["best"], digits), number(case["median"], digits))
+    return f"{case['recovered']:,} of {plural(case['examples'], 'example')} recovered ({values})"
+
+
+def _inversion(found: Found) -> Html:
+    pictured = any(case.get("pictures") for case in found["cases"])
+    rows = [
+        (case["amount"].capitalize(), cell(case["protection"], "text"), cell(_shown(found["kind"], case), "text"),
+         *([cell(_pictures(case), "text")] if pictured else []))
+        for case in found["cases"]
+    ]  # fmt: skip
+    headings = ["Update of", "Seen", "Shows", *(["True above, found below"] if pictured else [])]
+    note = (
+        f"What an update of {found['client']} in round 1 shows to whoever receives it, by {BY[found['by']]}; "
+        f"{_guess(found)}. {CLEAR[found['kind']]} The attacker knows the labels, and what is found is matched with the "
+        "examples as well as it can be: this is a worst case, of these attacks; a better one may find more."
+    )
+    return join(
+        [element("h3", "Gradient inversion"), markup.table(headings, rows, text=4), paragraph(note, quiet=True)]
+    )
+
+
+def _pictures(case: Found) -> Html:
+    style = "width: 48px; image-rendering: pixelated; display: block; margin-bottom: 2px"
+    pairs = [
+        element("span", *(Html(f'<img src="{address}" alt="" style="{style}">') for address in pair), class_="pair")
+        for pair in case.get("pictures") or []
+    ]
+    return element("div", *pairs, style="display: flex; gap: 6px")
+
+
 def _rate(value: object) -> str:
     return "0" if value == 0 else rate(value)
 
@@ -206,5 +273,5 @@ def _probability(value: object) -> str:
     return NOTHING if known is None else "at most 1" if known >= 1 else f"at most {known:.2g}"
 
 
-SAID = {"canaries": _canary_lines, "membership": _membership_lines}
-PARTS = {"canaries": _canaries, "membership": _membership}
+SAID = {"canaries": _canary_lines, "membership": _membership_lines, "inversion": _inversion_lines}
+PARTS = {"canaries": _canaries, "membership": _membership, "inversion": _inversion}

@@ -16,6 +16,7 @@ from reports import audit as words
 from reports.page import write_report
 from server.recorder import RunFolder
 from simulations.audit_canaries import audit_canaries
+from simulations.audit_inversion import audit_inversion
 from simulations.audit_membership import audit_membership
 from simulations.progress import bar
 from simulations.run import Run, one_thread, quiet
@@ -52,6 +53,7 @@ class Order:
 PARTS: dict[str, Callable[[Order], dict[str, Any]]] = {
     "canaries": lambda order: audit_canaries(order.run, order.folder, order.canaries, order.progress),
     "membership": lambda order: audit_membership(order.run, order.folder, order.shadows, order.progress),
+    "inversion": lambda order: audit_inversion(order.folder, order.progress),
 }
 
 

@@ -22,6 +22,8 @@ from tasks.base import build_model
 
 USUAL = 1000
 FOLDER = "audit"
+# Of the noise that the ledger counts: less is a fault, and not float32.
+ENOUGH = 0.99
 Progress = Callable[[str, int], Callable[[int], None]]
 
 
@@ -65,7 +67,7 @@ def verdict(found: dict[str, Any]) -> str:
     """
     if found["observers"]["known"]["bound"] > found["epsilon"]:
         return "violated"
-    if found["noise"] and found["noise"][2] < 1:
+    if found["noise"] and found["noise"][2] < ENOUGH:
         return "too little noise"
     return "out of reach" if found["reach"] < found["epsilon"] else "consistent"
 

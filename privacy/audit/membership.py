@@ -74,17 +74,22 @@ def measure(scores: np.ndarray, member: np.ndarray) -> dict[str, Any]:
     return {
         "auc": float(ranks / (len(inside) * len(outside))),
         "balanced_accuracy": _balanced_accuracy(inside, scores[~member]),
-        "rates": [{"fpr": rate, **_at(rate, inside, outside)} for rate in RATES],
-        "curve": [[rate, _at(rate, inside, outside)["tpr"]] for rate in np.geomspace(LEAST, 1, POINTS).tolist()],
+        "rates": [_at(rate, inside, outside) for rate in RATES],
+        "curve": [[rate, _hits(rate, inside, outside)[1] / len(inside)] for rate in np.geomspace(LEAST, 1, POINTS)],
     }
 
 
 def _at(rate: float, inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
-    """Return the true positives at this rate of false positives; `outside` is sorted, the highest score first."""
-    allowed = int(rate * len(outside) + SMALLEST)
-    hits = int((inside > outside[allowed]).sum()) if allowed < len(outside) else len(inside)
+    allowed, hits = _hits(rate, inside, outside)
     limits = stats.binomtest(hits, len(inside)).proportion_ci(CONFIDENCE, "exact")
-    return {"allowed": allowed, "tpr": hits / len(inside), "low": float(limits.low), "high": float(limits.high)}
+    tpr = hits / len(inside)
+    return {"fpr": rate, "allowed": allowed, "tpr": tpr, "low": float(limits.low), "high": float(limits.high)}
+
+
+def _hits(rate: float, inside: np.ndarray, outside: np.ndarray) -> tuple[int, int]:
+    """Return how many false positives this rate allows and the true ones at it; `outside` has the highest score first."""
+    allowed = int(rate * len(outside) + SMALLEST)
+    return allowed, int((inside > outside[allowed]).sum()) if allowed < len(outside) else len(inside)
 
 
 def _balanced_accuracy(inside: np.ndarray, outside: np.ndarray) -> float:
