@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reports import look, markup
 from reports.load import RunData
-from reports.markup import Html, Section, cell, element, figure, join, key, paragraph, tile
+from reports.markup import NO_HTML, Html, Section, cell, element, figure, join, key, paragraph, tile
 from reports.words import NOTHING, duration, finite, metric, number, ordered, percent, plural, rate
 
 Found = Mapping[str, Any]
@@ -32,6 +31,9 @@ CLEAR = {
     "table": "Recovered: within a tenth of its length.",
     "words": "Words are hashes here, and their order is not in the update.",
 }
+PICTURE = "width: 48px; image-rendering: pixelated; display: block; margin-bottom: 3px"
+ROW = "display: flex; gap: 6px"
+GRID = "display: grid; gap: 4px 24px; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr))"
 # Left end of the drawn curves.
 LEAST = 1e-3
 HEIGHT = 280
@@ -40,11 +42,9 @@ LEVELS = {"client": "the server's noisy sums", "example": "the noisy sums of cli
 
 def section(run: RunData) -> Section | None:
     """Return what `fedra audit` found in the run; None where it was not audited and carries no canaries."""
-    file = run.path / "audit.json"
-    found: dict[str, Found] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     carried = run.config.get("audit.canaries") or 0
     parts = [_warning(int(carried))] if carried else []
-    parts += [PARTS[name](found[name]) for name in PARTS if name in found]
+    parts += [PARTS[name](run.audit[name]) for name in PARTS if name in run.audit]
     return Section("audit", "Audit", join(parts)) if parts else None
 
 
@@ -105,6 +105,9 @@ def _canaries(found: Found) -> Html:
     if "skipped" in found:
         return join([title, paragraph(f"None: {found['skipped']}.", quiet=True)])
     best = found["observers"]["known"]["bound"]
+    failed = found["verdict"] in ("violated", "too little noise")
+    said = f"{found['verdict'].capitalize()}: the run does not keep the privacy that it claims."
+    alarm = element("p", said, class_="banner failed") if failed else NO_HTML
     noise = found["noise"] or [None] * 3
     tiles = [
         tile("Verdict", found["verdict"]),
@@ -128,11 +131,10 @@ def _canaries(found: Found) -> Html:
         f"Canaries hide in {LEVELS[found['level']]} as everybody does, each with probability 1/2, and an observer "
         "guesses who is in. The lower bound (Steinke, Nasr and Jagielski, 2023) holds whatever the observer does; far "
         "below the claim it proves nothing wrong, and nothing right. The estimate (after Andrew et al., 2023) is no "
-        f"bound. {_reach(found).capitalize()}. {_effect(found).capitalize()}."
+        f"bound. {_sentence(_reach(found))}. {_sentence(_effect(found))}."
     )
-    return join(
-        [title, element("div", *tiles, class_="tiles"), markup.table(headings, rows), paragraph(note, quiet=True)]
-    )
+    parts = [title, alarm, element("div", *tiles, class_="tiles"), markup.table(headings, rows, even=True)]
+    return join([*parts, paragraph(note, quiet=True)])
 
 
 def _membership_lines(found: Found) -> Iterator[str]:
@@ -170,14 +172,14 @@ def _membership(found: Found) -> Html:
     headings += [f"Found at {percent(at['fpr'], 1)} false positives" for at in _first(found)["rates"]]
     rows = [
         (
-            ATTACKS[name].capitalize(), number(one["auc"]), number(one["balanced_accuracy"]),
+            _sentence(ATTACKS[name]), number(one["auc"]), number(one["balanced_accuracy"]),
             *map(_found, one["rates"]),
         )
         for name, one in found["attacks"].items()
     ]  # fmt: skip
     note = (
         f"{_pool(found)}. An attacker who guesses finds as many members as there are false positives, and has AUC 0.5. "
-        f"In brackets: {percent(found['confidence'])} Clopper-Pearson limits. {_few(found).capitalize()}. The shadow "
+        f"In brackets: {percent(found['confidence'])} Clopper-Pearson limits. {_sentence(_few(found))}. The shadow "
         "models are federations of the same making on random halves of these examples, averaged whatever the run's "
         "strategy. An attack that fails is no proof of privacy: a better one may not."
     )
@@ -200,7 +202,7 @@ def _curves(found: Found) -> Html:
         traces.append(look.line(rates, hits, ATTACKS[name], colors[name], **hover))
     ends = [LEAST, 1.0]
     traces.append(look.line(ends, ends, "a guess", look.GREY, dash="dash", width=1.6, **hover))
-    axis = {"type": "log", "range": [-3, 0], "tickformat": ".1~%"}
+    axis = {"type": "log", "range": [-3, 0], "tickformat": ".1~%", "dtick": 1}
     names = [("line", colors[name], ATTACKS[name]) for name in found["attacks"]]
     chart = look.figure(
         traces,
@@ -238,30 +240,37 @@ def _shown(kind: str, case: Found) -> str:
 
 
 def _inversion(found: Found) -> Html:
-    pictured = any(case.get("pictures") for case in found["cases"])
     rows = [
-        (case["amount"].capitalize(), cell(case["protection"], "text"), cell(_shown(found["kind"], case), "text"),
-         *([cell(_pictures(case), "text")] if pictured else []))
+        (_sentence(case["amount"]), cell(case["protection"], "text"), cell(_shown(found["kind"], case), "text"))
         for case in found["cases"]
-    ]  # fmt: skip
-    headings = ["Update of", "Seen", "Shows", *(["True above, found below"] if pictured else [])]
+    ]
     note = (
         f"What an update of {found['client']} in round 1 shows to whoever receives it, by {BY[found['by']]}; "
         f"{_guess(found)}. {CLEAR[found['kind']]} The attacker knows the labels, and what is found is matched with the "
         "examples as well as it can be: this is a worst case, of these attacks; a better one may find more."
     )
-    return join(
-        [element("h3", "Gradient inversion"), markup.table(headings, rows, text=4), paragraph(note, quiet=True)]
-    )
+    table = markup.table(["Update of", "Seen", "Shows"], rows, text=3)
+    pictures = [_pictures(case) for case in found["cases"] if case.get("pictures")]
+    if pictures:
+        note += " Pictures: the true ones above, those found below."
+    return join([
+        element("h3", "Gradient inversion"), table, element("div", *pictures, style=GRID),
+        paragraph(note, quiet=True),
+    ])  # fmt: skip
 
 
 def _pictures(case: Found) -> Html:
-    style = "width: 48px; image-rendering: pixelated; display: block; margin-bottom: 2px"
+    """Return a case's pictures, the true ones above those that were found."""
     pairs = [
-        element("span", *(Html(f'<img src="{address}" alt="" style="{style}">') for address in pair), class_="pair")
-        for pair in case.get("pictures") or []
+        element("span", *(Html(f'<img src="{address}" alt="" style="{PICTURE}">') for address in pair))
+        for pair in case["pictures"]
     ]
-    return element("div", *pairs, style="display: flex; gap: 6px")
+    said = f"{_sentence(case['amount'])}, {case['protection']}"
+    return element("figure", element("figcaption", said), element("div", *pairs, style=ROW))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _rate(value: object) -> str:

@@ -99,14 +99,17 @@ class CanaryExamples:
     """The canaries of a run whose clients add noise in every step: client by client, as they tell the server."""
 
     def __init__(self, config: RunConfig) -> None:
-        each = in_each_client(config)
-        self.included = np.stack([coins(each, config.seed, client) for client in range(config.clients)])
+        self._each = in_each_client(config)
+        self.included = np.stack([coins(self._each, config.seed, client) for client in range(config.clients)])
         self._known = np.zeros(self.included.shape)
         self._measured = Noise()
 
     def take(self, seen: Sequence[tuple[int, bytes]]) -> None:
         """Add what an observer of each client's steps in a round saw (client/canaries.py)."""
         for client, own in seen:
+            if len(own) != 8 * (self._each + 2):
+                # A hostile client may say anything of its own.
+                continue
             *scores, squares, numbers = np.frombuffer(own, dtype=np.float64)
             self._known[client] += scores
             self._measured = Noise(self._measured.squares + float(squares), self._measured.numbers + int(numbers))

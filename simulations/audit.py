@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from core.errors import InputError, unknown
 from reports import audit as words
+from reports.load import AUDIT, load
 from reports.page import write_report
 from server.recorder import RunFolder
 from simulations.audit_canaries import audit_canaries
@@ -21,7 +22,6 @@ from simulations.audit_membership import audit_membership
 from simulations.progress import bar
 from simulations.run import Run, one_thread, quiet
 
-FILE = "audit.json"
 SHADOWS = 16
 
 
@@ -36,18 +36,12 @@ class Order:
     shadows: int
     console: Console
 
-    def progress(self, what: str, steps: int) -> Callable[[int], None]:
-        """Return what shows how many of the steps are done; on a terminal alone, until all of them are."""
-        shown = bar(what, self.console)
-        task = shown.add_task("audit", total=steps, numbers="")
-        shown.start()
-
-        def done(count: int) -> None:
-            shown.update(task, completed=count)
-            if count >= steps:
-                shown.stop()
-
-        return done
+    @contextmanager
+    def progress(self, what: str, steps: int) -> Iterator[Callable[[int], None]]:
+        """Show, on a terminal, how many of the steps are done; the block calls what it gets with their number."""
+        with bar(what, self.console) as shown:
+            task = shown.add_task("audit", total=steps, numbers="")
+            yield lambda count: shown.update(task, completed=count)
 
 
 PARTS: dict[str, Callable[[Order], dict[str, Any]]] = {
@@ -74,22 +68,15 @@ def audit(
     if not run.summary["rounds"]:
         raise InputError(f"{path} has not finished a round; there is nothing to audit.")
     order = Order(run, folder, canaries, shadows, console)
-    found = read(folder.path)
+    found = load(folder.path).audit
     for name in only or PARTS:
         began = time.perf_counter()
         with one_thread():
             part = PARTS[name](order)
         found[name] = {**part, "seconds": round(time.perf_counter() - began, 1)}
         # Part by part: what an interruption leaves behind is whole.
-        folder.write_json(FILE, found)
+        folder.write_json(AUDIT, found)
         for line in words.lines({name: found[name]}):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {write_report(folder.path)}", highlight=False, soft_wrap=True)
-    return found
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return what earlier audits of the run in a folder found, nothing where there were none."""
-    file = path / FILE
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found

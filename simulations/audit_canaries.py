@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ USUAL = 1000
 FOLDER = "audit"
 # Of the noise that the ledger counts: less is a fault, and not float32.
 ENOUGH = 0.99
-Progress = Callable[[str, int], Callable[[int], None]]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(what is counted, steps) -> a block in which one says how many of them are done."""
 
 
 def audit_canaries(run: Run, folder: RunFolder, wanted: int | None, progress: Progress) -> dict[str, Any]:
@@ -97,14 +99,14 @@ def _repeated(config: RunConfig, folder: RunFolder, canaries: int, progress: Pro
     if not config.early_stopping.metric and config.keep == "last":
         changes["evaluate_every"] = config.rounds
     before = list(place.glob("*")) if place.is_dir() else []
-    done = progress("canaries: round", config.rounds)
     begun: list[Path] = []
     try:
-        again = simulate(
-            config.with_(**changes),
-            on_start=lambda path, *_: begun.append(path),
-            on_round=lambda row: done(row["round"]),
-        )
+        with progress("canaries: round", config.rounds) as done:
+            again = simulate(
+                config.with_(**changes),
+                on_start=lambda path, *_: begun.append(path),
+                on_round=lambda row: done(row["round"]),
+            )
     except BaseException:
         # Half a run says nothing, and the run that is audited stays as it was.
         for path in begun:
@@ -112,8 +114,6 @@ def _repeated(config: RunConfig, folder: RunFolder, canaries: int, progress: Pro
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
         raise
-    finally:
-        done(config.rounds)
     for path in before:
         shutil.rmtree(path, ignore_errors=True)
     return again

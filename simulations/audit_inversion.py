@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 from privacy.noise import Source, source
 from server.recorder import RunFolder
+from simulations.audit_canaries import Progress
 from simulations.audit_membership import constants_of, setting_of
 from simulations.run import check_run
 from tasks.base import build_model
@@ -35,6 +37,7 @@ MOST = 64
 PICTURES, SIDE = 4, 64
 # Recognisable, or close: where an example counts as recovered.
 CLEAR_DECIBELS, CLOSE = 20.0, 0.1
+WHOLE = ", the whole round"
 STANDARD = {"privacy.level": "client", "privacy.noise": "local", "privacy.noise-multiplier": 1.0}
 
 
@@ -48,7 +51,7 @@ class Protection:
     """Whether the server's noise is on it: the sum of a round in which nobody else took part."""
 
 
-def audit_inversion(folder: RunFolder, progress: Callable[[str, int], Callable[[int], None]]) -> dict[str, Any]:
+def audit_inversion(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Return what one client's update shows of its examples, for one of them, a batch, and a whole round."""
     config = folder.config
     federation = check_run(config)
@@ -57,15 +60,13 @@ def audit_inversion(folder: RunFolder, progress: Callable[[str, int], Callable[[
     client = int(enough[0] if len(enough) else sizes.argmax())
     x, y, _ = inputs(setting_of(config), "train", [client], constants_of(folder))
     batch = min(config.batch_size, len(y))
-    amounts = {"one example": 1, f"a batch of {batch}": batch, f"all {len(y)} examples, the whole round": len(y)}
+    amounts = {"one example": 1, f"a batch of {batch}": batch, f"all {len(y)} examples{WHOLE}": len(y)}
     ways = list(protections(config, len(y)))
-    done = progress("inversion: update", len(amounts) * len(ways))
     attack = _Attack(config, torch.from_numpy(x), float(federation.central.x.mean()))
     cases = []
-    for amount, count in amounts.items():
-        for way in ways:
-            whole = count == len(y) and amount.startswith("all")
-            away = _sent(way, client, x[:count], y[:count], whole)
+    with progress("inversion: update", len(amounts) * len(ways)) as done:
+        for (amount, count), way in product(amounts.items(), ways):
+            away = _sent(way, client, x[:count], y[:count], amount)
             found = attack(away, torch.from_numpy(x[:count]), torch.from_numpy(y[:count]))
             cases.append({"amount": amount, "examples": count, "protection": way.name, **found})
             done(len(cases))
@@ -104,10 +105,10 @@ def protections(config: RunConfig, examples: int) -> Iterator[Protection]:
         yield Protection("as the run sends it: clipped, noised", config)
 
 
-def _sent(way: Protection, client: int, x: np.ndarray, y: np.ndarray, whole: bool) -> Tensors:
+def _sent(way: Protection, client: int, x: np.ndarray, y: np.ndarray, amount: str) -> Tensors:
     """Return the update by name that a client makes of its examples in round 1: in one step, or in a whole round."""
     config = way.config
-    if not whole:
+    if not amount.endswith(WHOLE):
         config = config.with_(batch_size=len(y), local_epochs=1, local_steps=0)
     setting, sizes, blank = setting_of(config), [len(y)], _blank()
     privacy = ClientPrivacy.of(config)

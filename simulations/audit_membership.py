@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,19 @@ from torch.func import functional_call
 from client.setting import Setting, inputs, open_setting
 from core import records
 from core.config import RunConfig
+from core.data import Ragged, Split
 from core.errors import InputError
 from core.seeding import rng
 from privacy.audit import membership
 from reports.load import nested, read_rounds
 from server.recorder import RunFolder
+from simulations.audit_canaries import Progress
 from simulations.run import Run, check_run
 from simulations.shadows import Examples, train_shadows
-from tasks import standardise
+from tasks import load, standardise
+from tasks.base import build_model
 
 CHUNK = 4096
-Progress = Callable[[str, int], Callable[[int], None]]
 
 
 def audit_membership(run: Run, folder: RunFolder, shadows: int, progress: Progress) -> dict[str, Any]:
@@ -33,18 +34,17 @@ def audit_membership(run: Run, folder: RunFolder, shadows: int, progress: Progre
     config = folder.config
     check_run(config)
     examples, member, central = _examples(config, folder)
-    setting = setting_of(config)
+    task = load(config)
     odds = _odds(run.model(), examples)
     norms = _clipping_norms(run, folder)
     others: np.ndarray | None = None
     inside: np.ndarray | None = None
     if shadows:
         inside = membership.balanced_halves(len(member), shadows, rng(config.seed, "shadows", "halves"))
-        done = progress("membership: round", len(norms))
-        models = train_shadows(config, setting.task, examples, inside, norms, done)
-        others = np.stack(
-            [_odds(setting.model, examples, {n: t[k] for n, t in models.items()}) for k in range(shadows)]
-        )
+        with progress("membership: round", len(norms)) as done:
+            models = train_shadows(config, task, examples, inside, norms, done)
+        empty = build_model(task, config.seed)
+        others = np.stack([_odds(empty, examples, {n: t[k] for n, t in models.items()}) for k in range(shadows)])
     found = membership.attacks(odds, others, inside)
     return {
         "members": int(member.sum()),
@@ -77,7 +77,7 @@ def _examples(config: RunConfig, folder: RunFolder) -> tuple[Examples, np.ndarra
     """
     setting, constants, clients = setting_of(config), constants_of(folder), list(range(config.clients))
     train, test = (inputs(setting, split, clients, constants) for split in ("train", "test"))
-    central = setting.data.central
+    central = _new(setting.data.central, setting.data.test)
     x = central.x
     if constants:
         x = standardise.apply(x, {name: constants[records.CONSTANTS + name] for name in ("mean", "std")})
@@ -90,6 +90,13 @@ def _examples(config: RunConfig, folder: RunFolder) -> tuple[Examples, np.ndarra
     if len(owner) == sizes.sum():
         raise InputError("membership inference needs test examples, and this run's data have none.")
     return found, np.arange(len(owner)) < sizes.sum(), len(central)
+
+
+def _new(central: Split, test: Ragged) -> Split:
+    """Return the central test set without what stands in clients' test splits: it may be all of them together."""
+    seen = {row.tobytes() for row in test.x}
+    keep = [i for i, row in enumerate(central.x) if row.tobytes() not in seen]
+    return Split(central.x[keep], central.y[keep])
 
 
 def _clipping_norms(run: Run, folder: RunFolder) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from simulations.run import Run, check_run, resume, simulate
 PRIVATE = {"privacy__level": "client", "privacy__noise_multiplier": 4.0, "privacy__preprocessing": "uncovered"}
 
 
-def quiet(what: str, steps: int) -> Callable[[int], None]:
-    return lambda count: None
+def quiet(what: str, steps: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +219,11 @@ def test_a_run_without_canaries_is_repeated_with_them_and_stays_as_it_was(smoke:
     folder = RunFolder.open(run.path)
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
 
-    def interrupted(what: str, steps: int) -> Callable[[int], None]:
-        def done(count: int) -> None:
-            if count < steps:
-                raise KeyboardInterrupt
-
-        return done
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        audit_canaries(run, folder, None, interrupted)
+        audit_canaries(run, folder, None, lambda what, steps: nullcontext(stop))
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
     for _ in range(2):

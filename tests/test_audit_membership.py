@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,8 @@ from tasks import load
 from tasks.source import federation_of, provide
 
 
-def quiet(what: str, steps: int) -> Callable[[int], None]:
-    return lambda count: None
+def quiet(what: str, steps: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
 
 
 def test_log_odds_of_the_true_label() -> None:

@@ -84,7 +84,10 @@ def from_gradients(
     x.requires_grad_()
     optimizer = torch.optim.Adam([x], lr=RATE * (high - low))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    model.eval()
+    # As the client trained: normalised by the batch's own statistics. What it dropped nobody knows.
+    for module in model.train().modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
     for _ in range(STEPS):
         value = loss(functional_call(model, own, (x,)), y).mean()
         found = dict(zip(own, torch.autograd.grad(value, list(own.values()), create_graph=True), strict=True))

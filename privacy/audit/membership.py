@@ -87,7 +87,7 @@ def _at(rate: float, inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
 
 
 def _hits(rate: float, inside: np.ndarray, outside: np.ndarray) -> tuple[int, int]:
-    """Return how many false positives this rate allows and the true ones at it; `outside` has the highest score first."""
+    """Return how many false positives this rate allows and the true ones at it; `outside` is sorted downwards."""
     allowed = int(rate * len(outside) + SMALLEST)
     return allowed, int((inside > outside[allowed]).sum()) if allowed < len(outside) else len(inside)
 
