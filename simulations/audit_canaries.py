@@ -35,7 +35,9 @@ def audit_canaries(run: Run, folder: RunFolder, wanted: int | None, progress: Pr
     carried = config.audit.canaries
     if carried and wanted not in (None, carried):
         raise InputError(f"this run carries {carried} canaries of its own; drop --canaries {wanted}.")
-    if not carried and wanted is None and (why := _nothing(config)):
+    if not carried and (why := _nothing(config)):
+        if wanted is not None:
+            raise InputError(f"--canaries {wanted} would prove nothing: {why}; drop it.")
         return {"skipped": why}
     audited = run if carried else _repeated(config, folder, wanted or _usual(config), progress)
     claim = audited.summary["privacy"]
