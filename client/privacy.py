@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from flwr.app import Context
 
+from client.canaries import CanarySteps
 from core import records
 from core.batches import Batches
 from core.config import RunConfig
@@ -63,14 +63,26 @@ class ClientPrivacy:
         if self._examples is None:
             return None
         events = [self._examples.event(size) for size in sizes]
-        return PrivateSteps(
+        expected = [event.rate * size for event, size in zip(events, sizes, strict=True)]
+        return PrivateSteps.begin(
             self._config.privacy.clipping_norm,
             [event.noise_multiplier for event in events],
-            [event.rate * size for event, size in zip(events, sizes, strict=True)],
+            expected,
             [self._source.at("steps", server_round, client) for client in clients],
-            np.zeros(len(clients), dtype=np.int64),
-            np.zeros(len(clients), dtype=np.int64),
+            self._guests(server_round, clients, events, expected) if self._config.audit.canaries else None,
         )
+
+    def _guests(
+        self, server_round: int, clients: Sequence[int], events: Sequence[Event], expected: Sequence[float]
+    ) -> CanarySteps:
+        sources = [self._source.at("canaries", server_round, client) for client in clients]
+        return CanarySteps.of(self._config, clients, events, expected, sources)
+
+    @staticmethod
+    def canaries(r: LocalRound) -> list[bytes]:
+        """Return what each client's canaries look like after the round; nothing where the run is not audited."""
+        guests = r.private.guests if isinstance(r.private, PrivateSteps) else None
+        return guests.columns() if isinstance(guests, CanarySteps) else []
 
     def protect(self, update: LocalUpdate, r: LocalRound, server_round: int, clients: Sequence[int]) -> LocalUpdate:
         """Return the update as it may leave: clipped, and under local noise noised."""

@@ -62,20 +62,20 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     for processor in setting.processors:
         update = processor(update, r)
     taken: Mapping[str, Sequence[int]] = {}
+    columns: dict[str, Sequence[Any]] = {}
     if setting.privacy:
         update = setting.privacy.protect(update, r, this.number, clients)
         taken = setting.privacy.taken(r)
         setting.privacy.note(own, r.sizes, taken)
+        columns = {records.CANARIES: seen} if (seen := setting.privacy.canaries(r)) else {}
     if setting.attack:
         hostile = setting.attack.careless(clients)
         update = setting.attack(update, r, clients, lambda chosen: _learn(setting, this, chosen, None, None)[0])
     encoded = None
     if setting.compressor:
         update, encoded = setting.compressor(update, r)
-    columns: dict[str, Sequence[Any]] = {
-        records.TRAIN_SECONDS: [(time.perf_counter() - began) / len(clients)] * len(clients),
-        **taken,
-    }
+    columns[records.TRAIN_SECONDS] = [(time.perf_counter() - began) / len(clients)] * len(clients)
+    columns |= taken
     if encoded:
         columns[records.UPLINK_BYTES] = [encoded.bytes()] * len(clients)
     if work:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from core.errors import InputError, unknown
 from core.sections import (
     Attack,
+    Audit,
     Baseline,
     Compression,
     Devices,
@@ -94,6 +95,7 @@ class RunConfig(Section):
     attack: Attack = Attack()
     compression: Compression = Compression()
     privacy: Privacy = Privacy()
+    audit: Audit = Audit()
     processors: str = Field(
         "", description="Update processors after our own, in this order: entry points or module:attr, with commas."
     )

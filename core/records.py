@@ -35,6 +35,8 @@ ENCODED = "encoded"
 CLIPPING_NORM = "clipping-norm"
 WITHIN = "within-clipping-norm"
 PRIVATE_STEPS, DROPPED = "private-steps", "dropped-examples"
+# What the canary examples of an audited client look like to an observer.
+CANARIES = "canary-scores"
 # Code of an error that is no fault: the client could not be reached, or was too late.
 LOST = 1000
 # How the reason begins for which the server took nothing of an answer.

@@ -191,3 +191,12 @@ class Privacy(Section):
     preprocessing: Literal["covered", "uncovered"] = Field(
         "covered", description="Whether to run although inputs are scaled by what epsilon does not cover."
     )
+
+
+class Audit(Section):
+    canaries: int = Field(
+        0,
+        ge=0,
+        description="Canaries that a private run carries, so that its noise can be measured; 1000 is usual, and the "
+        "model is not for use.",
+    )

@@ -7,8 +7,9 @@ a strategy adds to them, a proximal term or a control variate, depends on no exa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,22 @@ from core.steps import Gradients, Loss, Terms
 from privacy.noise import Source, noised
 from privacy.per_example.clipped import ClippedObjective, ClippedSum
 from privacy.per_example.fitness import EXAMPLES, clipped_gradients
+
+
+class Guests(Protocol):
+    """Examples of an audited run that only pretend to be some (client/canaries.py)."""
+
+    def begin(self, steps: Tensor) -> None:
+        """Hear how many steps each client will take, (C,) int64."""
+        ...
+
+    def hide(self, sums: Tensors, noised: Callable[[Tensors], Tensors]) -> Tensors:
+        """Return noised(sums + the canaries' own), and look at it."""
+        ...
+
+    def only(self, i: int) -> Guests:
+        """Return those of client i alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,16 +52,28 @@ class PrivateSteps:
     """Steps that each client has taken, (C,) int64: the kernel counts, and the ledger believes it."""
     dropped: np.ndarray
     """Examples of each client whose gradient was not finite and added nothing, (C,) int64."""
+    guests: Guests | None = None
+
+    @staticmethod
+    def begin(
+        clipping_norm: float, noise_multipliers: Sequence[float], expected: Sequence[float],
+        sources: Sequence[Source], guests: Guests | None = None,
+    ) -> PrivateSteps:  # fmt: skip
+        """Return the steps of clients that have taken none yet."""
+        taken, dropped = np.zeros((2, len(sources)), dtype=np.int64)
+        return PrivateSteps(clipping_norm, noise_multipliers, expected, sources, taken, dropped, guests)
 
     def only(self, i: int) -> PrivateSteps:
         """Return client i's steps alone; they are counted here too."""
         one = slice(i, i + 1)
         own = (self.noise_multipliers[one], self.expected[one], self.sources[one], self.taken[one], self.dropped[one])
-        return PrivateSteps(self.clipping_norm, *own)
+        return PrivateSteps(self.clipping_norm, *own, self.guests.only(i) if self.guests else None)
 
     def count(self, steps: Tensor) -> None:
         """Count `steps` (C,) of each client."""
         np.add(self.taken, steps.cpu().numpy(), out=self.taken)
+        if self.guests:
+            self.guests.begin(steps)
 
     def gradients(self, model: nn.Module, loss: Loss, terms: Terms) -> Gradients:
         """Return the function from weights and batches to every client's private gradient."""
@@ -54,7 +83,8 @@ class PrivateSteps:
             real = weight > 0
             clipped = (objective or _of_model(model, loss, x, y))(params, x, y, real, self.clipping_norm, terms.only)
             np.add(self.dropped, clipped.dropped.cpu().numpy(), out=self.dropped)
-            return self._noised(clipped.sums), clipped.losses.sum(1) / real.sum(1).clamp(min=1)
+            noisy = self.guests.hide(clipped.sums, self._noised) if self.guests else self._noised(clipped.sums)
+            return noisy, clipped.losses.sum(1) / real.sum(1).clamp(min=1)
 
         return found
 

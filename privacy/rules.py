@@ -19,6 +19,7 @@ from core.errors import InputError
 from core.records import travelling
 from core.steps import Loss
 from privacy.accounting import epsilon
+from privacy.audit.canaries import most
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.per_example import fitness
@@ -54,14 +55,32 @@ def needs(wanted: Mapping[str, Any]) -> dict[str, Any]:
 def check(config: RunConfig, subject: Subject) -> None:
     """Raise `InputError` where a run would not be as private as it says."""
     level = config.privacy.level
-    if level == "none":
-        return
-    for rule in (_always, _of_clients if level == "client" else _of_examples):
+    of_level = {"none": [], "client": [_always, _of_clients], "example": [_always, _of_examples]}[level]
+    for rule in [*of_level, _audited]:
         for sentence in rule(config, subject):
             raise InputError(sentence)
+    if level == "none":
+        return
     _affordable(config, subject)
     if level == "example":
         fitness.check(subject.model, subject.loss, torch.from_numpy(subject.x), torch.from_numpy(subject.y))
+
+
+def _audited(config: RunConfig, subject: Subject) -> Iterator[str]:
+    own, given = config.privacy, config.audit.canaries
+    if not given:
+        return
+    if own.level == "none":
+        yield f"audit.canaries={given} measures noise, and privacy.level=none has none; set a level, or drop it."
+    elif own.level == "client" and (own.noise != "central" or own.mechanism != "gaussian"):
+        yield (
+            f"audit.canaries={given} is for noise that a server adds anew in every round; set privacy.noise=central "
+            "and privacy.mechanism=gaussian, or drop it."
+        )
+    size = sum(p.numel() for p in travelling(subject.model).values())
+    room = most(size) * (config.clients if own.level == "example" else 1)
+    if given > room:
+        yield f"audit.canaries={given} is more than a model of {size:,} parameters has room for; set {room} or fewer."
 
 
 def _always(config: RunConfig, subject: Subject) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+AUDIT = "audit.json"
 
 
 def described(heterogeneity: Mapping[str, Any]) -> Sequence[int]:
@@ -34,6 +36,8 @@ class RunData:
     heterogeneity: dict[str, Any]
     """labels, names, label_counts (clients x labels), sizes of splits; empty when the clients never described them."""
     config: dict[str, Scalar]
+    audit: dict[str, Any] = field(default_factory=dict)
+    """What `fedra audit` found, by part; empty before it."""
 
     @property
     def personal(self) -> bool:
@@ -66,6 +70,7 @@ def load(folder: Path) -> RunData:
         clients=_read_clients(folder / "clients.parquet"),
         heterogeneity=_read_json(heterogeneity) if heterogeneity.is_file() else {},
         config=read_toml(folder / "config.toml"),
+        audit=_read_json(folder / AUDIT) if (folder / AUDIT).is_file() else {},
     )
 
 

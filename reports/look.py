@@ -55,11 +55,18 @@ def figure(
 
 
 def line(
-    x: list[int], y: list[float | None], name: str, color: str, *, dash: str = "solid", width: float = 2.2, **more: Any
+    x: Sequence[float],
+    y: Sequence[float | None],
+    name: str,
+    color: str,
+    *,
+    dash: str = "solid",
+    width: float = 2.2,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a line trace; a few points also get markers, so that a single one is seen."""
     mode = "lines+markers" if (len(x) <= MARKERS_UP_TO and dash == "solid") or len(x) == 1 else "lines"
-    trace = {"type": "scatter", "x": x, "y": y, "name": name, "mode": mode, "marker": {"size": 5}}
+    trace = {"type": "scatter", "x": list(x), "y": list(y), "name": name, "mode": mode, "marker": {"size": 5}}
     return {**trace, "line": {"color": color, "dash": dash, "width": width}, **more}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reports import answers, cost, markup, protection, provenance, sections
+from reports import answers, audit, cost, markup, protection, provenance, sections
 from reports.load import RunData, load
 from reports.markup import Html, Section, element
 from reports.words import plural
@@ -19,6 +19,7 @@ SECTIONS: list[Callable[[RunData], Section | None]] = [
     sections.differences,
     protection.section,
     answers.malicious,
+    audit.section,
     cost.speed,
     answers.uncounted,
     answers.failures,

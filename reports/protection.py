@@ -45,6 +45,11 @@ def lines(privacy: Mapping[str, Any]) -> Iterator[str]:
         return
     worst = ", the worst of all clients" if "clients" in privacy else ""
     yield f"Privacy: {bound(privacy)}{worst}, by {privacy['accountant']}."
+    if canaries := privacy.get("canaries"):
+        yield (
+            f"Canaries: {canaries['number']:,} in this run, {canaries['included']:,} of them in: its model is for "
+            "auditing, not for use."
+        )
     if privacy["not_covered"]:
         yield f"Not covered: {'; '.join(privacy['not_covered'])}."
 

@@ -78,10 +78,10 @@ def rate(value: object) -> str:
     return number(known, 0 if known >= 100 else 1 if known >= 10 else 2)
 
 
-def percent(share: object) -> str:
-    """Return a share as whole per cent, kept on one line."""
+def percent(share: object, digits: int = 0) -> str:
+    """Return a share as per cent, whole ones unless digits are asked for, kept on one line."""
     known = finite(share)
-    return NOTHING if known is None else f"{100 * known:.0f}\N{NO-BREAK SPACE}%"
+    return NOTHING if known is None else f"{100 * known:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def size(count_bytes: object) -> str:

@@ -44,6 +44,8 @@ class Observed:
     """Of each client whose answer was private by itself, as it says."""
     dropped: int = 0
     """Examples that private steps left out because their gradients were not finite."""
+    canaries: list[tuple[int, bytes]] = field(default_factory=list)
+    """Client and what its canary examples look like, in an audited run."""
     virtual_seconds: float = 0.0
     """Until the last answer that counts, by the clients' virtual clocks."""
     downlink_bytes: int = 0
@@ -219,6 +221,7 @@ class ObservedGrid(Grid):
         metrics = records.metrics_of(content)
         self._observed.private_steps |= dict(zip(covered, rows.get(records.PRIVATE_STEPS, ()), strict=False))
         self._observed.dropped += sum(rows.get(records.DROPPED, ()))
+        self._observed.canaries.extend(zip(covered, rows.get(records.CANARIES, ()), strict=False))
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
         self._observed.virtual_seconds = max(self._observed.virtual_seconds, slowest)
         self._observed.clients["client"].extend(covered)

@@ -19,6 +19,7 @@ from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
+from server.canaries import CanaryClients, CanaryExamples
 from server.observe import Observed, ObservedGrid
 from server.private_sum import PrivateSum
 from tasks.base import Task
@@ -37,10 +38,16 @@ class Privacy:
         self.ledger = Ledger(self._own.delta, folder / LEDGER if self._own.level != "none" else None)
         self._sum: PrivateSum | None = None
         self._level: ClientLevel | None = None
+        self.canaries: CanaryClients | CanaryExamples | None = None
+        """Of an audited run."""
+        if self._own.level == "example" and config.audit.canaries:
+            self.canaries = CanaryExamples(config)
         if self._own.level == "client":
             self._level = ClientLevel.of(config)
             if self._own.noise == "central":
-                self._sum = PrivateSum(self._level, self.ledger, source(self._own.noise_seed))
+                noise = source(self._own.noise_seed)
+                watched = CanaryClients(self._level, noise) if config.audit.canaries else None
+                self._sum, self.canaries = PrivateSum(self._level, self.ledger, noise, watched), watched
 
     @property
     def needs_each(self) -> bool:
@@ -61,6 +68,8 @@ class Privacy:
         """Return a round's part in rounds.jsonl."""
         if self._own.level == "none":
             return {}
+        if isinstance(self.canaries, CanaryExamples):
+            self.canaries.take(observed.canaries)
         if self._sum is None:
             self.ledger.spend(server_round, self._spent_by_clients(observed.private_steps))
         row: dict[str, Any] = {"epsilon": self.ledger.worst(), "dropped_examples": observed.dropped}
@@ -128,13 +137,17 @@ class Privacy:
             about |= {"noise_multiplier": self._level.noise_multiplier, "sampling_rate": self._level.rate}
         if self._own.population:
             about["population"] = self._own.population
+        if self.canaries is not None:
+            included = self.canaries.included
+            about["canaries"] = {"number": included.size, "included": int(included.sum())}
         if EVERYBODY not in self.ledger.spent:
             about["clients"] = {str(client): self.ledger.of(client) for client in sorted(self.ledger.spent)}
         return about
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the ledger's own file."""
-        return self._sum.state() if self._sum is not None else {}
+        own = {"canaries": self.canaries.state()} if self.canaries is not None else {}
+        return self._sum.state() | own if self._sum is not None else own
 
     def restore(self, state: Mapping[str, Any], grid: ObservedGrid) -> None:
         """Remember what `state` returned, and let clients know what the ledger says that they have spent.
@@ -146,3 +159,5 @@ class Privacy:
         for node in grid.get_node_ids() if grid.numbered else ():
             if spent := self.ledger.spent.get(grid.client_of(node)):
                 keep_spent(grid.client_states.setdefault(node, RecordDict()), spent)
+        if self.canaries is not None:
+            self.canaries.restore(state["canaries"])

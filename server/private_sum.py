@@ -24,6 +24,7 @@ from privacy.accounting import Ledger
 from privacy.banded import BandedNoise
 from privacy.client_level import ClientLevel
 from privacy.noise import Source, noised
+from server.canaries import CanaryClients
 
 Vectors = dict[str, np.ndarray]
 # Of a cohort's mean in float32, against the sum of its clients' clipping norms.
@@ -33,8 +34,10 @@ TOLERANCE = 1e-3
 class PrivateSum:
     """Stands between the round's replies and the strategy."""
 
-    def __init__(self, level: ClientLevel, ledger: Ledger, noise: Source) -> None:
-        self._level, self._ledger, self._noise = level, ledger, noise
+    def __init__(
+        self, level: ClientLevel, ledger: Ledger, noise: Source, canaries: CanaryClients | None = None
+    ) -> None:
+        self._level, self._ledger, self._noise, self._canaries = level, ledger, noise, canaries
         self.clipping_norm = level.config.privacy.clipping_norm
         """Of the next round."""
         self.used_norm = self.clipping_norm
@@ -78,7 +81,8 @@ class PrivateSum:
 
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
-        total = self._sum(answers)
+        honest = self._sum(answers)
+        total = self._with_canaries(server_round, honest)
         self._ledger.spend(server_round, self._level.costs(server_round, repeated=self._ledger.knows(server_round)))
         norm, expected = self.clipping_norm, self._level.expected
         flat = np.concatenate([values.ravel() for values in total.values()])
@@ -89,6 +93,9 @@ class PrivateSum:
             name: ((0.0 if "/" in name else self._sent[name]) + part.reshape(values.shape)).astype(np.float32)
             for (name, values), part in zip(total.items(), parts, strict=True)
         }
+        if self._canaries is not None:
+            away = {name: value if "/" in name else value - self._sent[name] for name, value in mean.items()}
+            self._canaries.watch({name: value * expected for name, value in away.items()}, honest, total, norm)
         self.used_norm = norm
         if self._level.adaptive:
             count = torch.tensor([sum(map(_within, answers))], dtype=torch.float64)
@@ -112,6 +119,14 @@ class PrivateSum:
                 self._banded.noise(self._noise.at("sum", earlier).normal(size, dtype=torch.float64))
         self._drawn = server_round
         return self._banded.noise(drawn)
+
+    def _with_canaries(self, server_round: int, total: Vectors) -> Vectors:
+        """Return the sum with that of an audited run's canaries, which are clipped and checked as everybody is."""
+        if self._canaries is None:
+            return total
+        answer = self._canaries.answer(server_round, self._sent, tuple(total), self.clipping_norm)
+        hidden = self._sum([answer] if answer else [])
+        return {name: value + hidden[name] for name, value in total.items()}
 
     def _sum(self, answers: Sequence[RecordDict]) -> Vectors:
         """Return the sum of w_k clip(update_k) by name, float64, over answers that may each speak for many clients."""

@@ -113,6 +113,8 @@ class Session:
         self.checkpoints.close()
         kept = self.best if self.config.keep == "best" and self.best else {"arrays": self.arrays, **self.last}
         summary = summarise(self, kept, status, error)
+        if self.privacy.canaries is not None:
+            self.folder.write_json("canaries.json", self.privacy.canaries.findings())
         self.folder.finish(records.in_dtypes_of(kept["arrays"], records.travelling(self.model)), summary)
         try:
             write_report(self.folder.path)

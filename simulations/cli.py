@@ -171,6 +171,20 @@ def privacy(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    canaries: Annotated[int | None, typer.Option(metavar="N", min=1, help="1000 by default, or what fits.")] = None,
+    shadows: Annotated[int, typer.Option(metavar="K", min=0, help="Shadow models of membership inference.")] = 16,
+    only: Annotated[str, typer.Option(metavar="PARTS", help="Of canaries,membership,inversion, with commas.")] = "",
+) -> None:
+    """Attack a finished run: does its noise hold what epsilon claims, who was in it, what does an update show?"""
+    from simulations.audit import audit as attack
+
+    parts = [part.strip() for part in only.split(",") if part.strip()]
+    attack(run, canaries=canaries, shadows=shadows, only=parts, console=console)
+
+
+@app.command()
 def flower(
     app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="A Flower app: the folder of its pyproject.toml.")],
     nodes: Annotated[int, typer.Option(min=1, help="Clients; each gets its partition-id.")] = 10,

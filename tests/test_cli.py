@@ -91,6 +91,11 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "--resume", "x"], ["--resume continues a run"]),
         (["run", "--resume", "x"], ["not a run folder"]),
         (["report", "x"], ["x is not a folder"]),
+        (["audit", "x"], ["x is not a finished run"]),
+        (["audit", "x", "--only", "canary"], ["unknown part of an audit 'canary'", "did you mean 'canaries'"]),
+        (["audit", "x", "--shadows", "1"], ["--shadows 1"]),
+        (["audit", "x", "--canaries", "0"], ["canaries", "0 is not in the range"]),
+        (["run", "smoke", "audit.canaries=10"], ["audit.canaries=10", "privacy.level=none"]),
         (["compare", "smoke", "seeds=0"], ["seeds=0"]),
         (["compare", "smoke", "strategy=fedavg,nope"], ["unknown strategy 'nope'"]),
         (["fly"], ["No such command 'fly'"]),
@@ -175,6 +180,35 @@ def test_compare_makes_one_table_and_one_page(tmp_path: Path) -> None:
     [folder] = (tmp_path / "runs").iterdir()
     assert (folder / "report.html").stat().st_size > 10_000
     assert len([run for run in folder.iterdir() if run.is_dir()]) == 4
+
+
+def test_audit_prints_what_it_finds_and_rebuilds_the_page(tmp_path: Path) -> None:
+    private = ["privacy.level=client", "privacy.noise-multiplier=4", "privacy.preprocessing=uncovered"]
+    assert _fedra("run", "smoke", "rounds=1", *private, cwd=tmp_path).returncode == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    model = (folder / "model.safetensors").read_bytes()
+    done = _fedra("audit", str(folder), "--canaries", "200", "--shadows", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "Canaries: epsilon",
+        "consistent",
+        "200 canaries",
+        "Membership: 318 training",
+        "LiRA",
+        "Inversion: one",
+    ):
+        assert words in done.stdout
+    found = json.loads((folder / "audit.json").read_text())
+    assert found.keys() == {"canaries", "membership", "inversion"}
+    page = (folder / "report.html").read_text()
+    for words in (">Audit<", "Membership inference", "Gradient inversion", "not for use"):
+        assert words in page
+    assert (folder / "model.safetensors").read_bytes() == model
+    # What is not asked for keeps what it said.
+    done = _fedra("audit", str(folder), "--only", "membership", "--shadows", "0", cwd=tmp_path)
+    again = json.loads((folder / "audit.json").read_text())
+    assert again["canaries"] == found["canaries"]
+    assert list(again["membership"]["attacks"]) == ["threshold"]
 
 
 def test_report_rebuilds_the_page(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _words(line: str, folder: Path) -> str:
 
 
 def _marked(document: str, block: str) -> object:
-    slow = "make demo" in block or "heart" in block
+    slow = any(words in block for words in ("make demo", "heart", "fedra audit"))
     return pytest.param(
         document, block, id=f"{document}:{_sessions(block)[0][0][:40]}", marks=[pytest.mark.slow] * slow
     )
