@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
-from scipy.signal import lfilter
 
 # Of Chernoff's bound, per unit of loss: for sums that deviate by 0.03 up to 70 the best order is near one of them.
 ORDERS = np.geomspace(0.1, 200, 16)
@@ -49,7 +47,7 @@ def losses(rate: float, noise_multiplier: float, grid: float) -> tuple[Losses, .
 
 def _losses(rate: float, noise_multiplier: float, less: bool, grid: float) -> Losses:
     """Return losses on a grid: they connect the dots of delta over epsilon (Doroshenko et al., PoPETs 2022)."""
-    # Only who has privacy needs it, and it takes a second to import.
+    # Only who has privacy needs it and scipy's transforms, and they take a second to import.
     from dp_accounting.pld.pld_pmf import create_pmf_pessimistic_connect_dots_fixed_gap
     from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
@@ -89,6 +87,8 @@ def epsilon_of(events: Sequence[tuple[Sequence[Losses], int]], delta: float) -> 
 
 
 def _one_way(events: Sequence[tuple[Losses, int]], delta: float) -> float:
+    from scipy.signal import lfilter
+
     first, probabilities, infinite = _sum(events, CUT * delta)
     grid = events[0][0].grid
     # Losses below 0 have no part in a delta of an epsilon from 0 on.
@@ -107,6 +107,8 @@ def _one_way(events: Sequence[tuple[Losses, int]], delta: float) -> float:
 
 def _sum(events: Sequence[tuple[Losses, int]], cut: float) -> tuple[int, np.ndarray, float]:
     """Return the first loss, the probabilities and the infinite mass of a sum of losses, all but `cut` of it."""
+    from scipy.fft import irfft, next_fast_len, rfft
+
     grid = events[0][0].grid
     start = sum(count * own.first for own, count in events)
     longest = sum(count * (len(own.probabilities) - 1) for own, count in events)
