@@ -22,12 +22,12 @@ UNLIKE, OPTIMUM = "1,0,1;2,4,1", 1.6
 
 
 def run_lines(
-    smoke: Callable[..., RunConfig], strategy: str, dataset: str = UNLIKE, task: str = "Lines", **changes: Any
+    smoke: Callable[..., RunConfig], strategy: str, dataset: str = UNLIKE, task: str = "lines:Lines", **changes: Any
 ) -> Run:
     """Return a run of a task of this file, one point at a time with rate 0.1; changes with a dot are as they are."""
     given = {key: changes.pop(key) for key in list(changes) if "." in key}
     config = smoke(
-        task=f"lines:{task}", dataset=dataset, strategy=strategy, evaluate_every=1000,
+        task=task, dataset=dataset, strategy=strategy, evaluate_every=1000,
         **{"clients": len(dataset.split(";")), "batch_size": 1, "learning_rate": 0.1, **changes},
     )  # fmt: skip
     return simulate(RunConfig.of({**config.flat(), **given}))

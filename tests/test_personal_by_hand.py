@@ -86,11 +86,11 @@ def test_per_fedavg_is_best_after_the_step_and_not_before(first_order: bool, wan
 def test_ifca_finds_the_two_groups_and_weighs_their_clients_by_examples(lines: Runs) -> None:
     """Two clients are best at 0, one at 2 and one with three times its examples at 4: (2 + 3 * 4) / 4 is 3.5."""
     groups = "1,0,1;1,0,1;1,2,1;1,4,3"
-    run = lines("ifca", groups, task="Begun", batch_size=4)
+    run = lines("ifca", groups, task="lines:Begun", batch_size=4)
     assert slopes(run, groups) == pytest.approx([0, 0, 3.5, 3.5], abs=1e-3)
     # The model that is kept is that of the cluster with most examples.
     assert shared(run) == pytest.approx(3.5, abs=1e-3)
-    assert shared(lines("fedavg", groups, task="Begun", batch_size=4)) == pytest.approx(14 / 6, abs=1e-3)
+    assert shared(lines("fedavg", groups, task="lines:Begun", batch_size=4)) == pytest.approx(14 / 6, abs=1e-3)
 
 
 # Slopes 2 and -2: v u x with v a client's own can be both. One slope for all, s, has losses (s - 2)^2 / 2 and
@@ -116,22 +116,22 @@ def test_two_rounds_with_heads_of_their_own_by_hand(strategy: str, lines: Runs) 
             bodies.append(body)
             v[k] = head
         u = sum(bodies) / 2
-    run = lines(strategy, OPPOSITE, task="Bent", rounds=2, local_epochs=4)
+    run = lines(strategy, OPPOSITE, task="lines:Bent", rounds=2, local_epochs=4)
     assert shared(run) == pytest.approx(u, abs=1e-5)
     assert slopes(run, OPPOSITE) == pytest.approx([u * v[0], u * v[1]], abs=1e-5)
 
 
 def test_heads_of_their_own_fit_clients_that_one_model_cannot(lines: Runs) -> None:
     for strategy in ("fedper", "fedrep"):
-        run = lines(strategy, OPPOSITE, task="Bent", rounds=60, local_epochs=4)
+        run = lines(strategy, OPPOSITE, task="lines:Bent", rounds=60, local_epochs=4)
         assert slopes(run, OPPOSITE) == pytest.approx([2, -2], abs=1e-3), strategy
-    a, b = slopes(lines("fedavg", OPPOSITE, task="Bent", rounds=60, local_epochs=4), OPPOSITE)
+    a, b = slopes(lines("fedavg", OPPOSITE, task="lines:Bent", rounds=60, local_epochs=4), OPPOSITE)
     assert a == pytest.approx(b)
 
 
 def _scanners(lines: Runs, strategy: str, rounds: int) -> Run:
     settings = {"batch_size": 4, "learning_rate": 1.0, "rounds": rounds}
-    return lines(strategy, task="Scanners", clients=2, **settings)
+    return lines(strategy, task="lines:Scanners", clients=2, **settings)
 
 
 @pytest.mark.parametrize("strategy", ["fedbn", "fedavg"])

@@ -28,13 +28,13 @@ def _rule(name: str, updates: np.ndarray, current: np.ndarray | float = 0.0, **o
     flat = {f"strategy-options.{key.replace('_', '-')}": value for key, value in options.items()}
     rule: Any = build_strategy(RunConfig.of({"strategy": name, "clients": len(updates), **flat}))
     origin = np.broadcast_to(np.float32(current), updates.shape[1:]).astype(np.float32)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     rule.current = {"w": origin}
     arrays, _ = rule.aggregate_train(1, [_reply(k, origin + u) for k, u in enumerate(updates)])
     return rule, to_numpy(arrays["w"])
 
 
 def _reply(client: int, weights: np.ndarray) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     content = RecordDict(
         {
             "arrays": to_arrays({"w": weights.astype(np.float32)}),

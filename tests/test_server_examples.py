@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lines import run_lines, shared
+from lines import Scanners, run_lines, shared
 from test_robust import _reply
 from torch import nn
 
 from core.config import RunConfig
-from core.data import Split
+from core.data import Federation, Ragged, Split
 from core.errors import InputError
 from core.records import to_numpy, travelling
 from core.server_side import ServerSide
@@ -130,3 +130,24 @@ def test_feddf_comes_nearer_to_its_ensemble_than_the_mean_of_models_is(smoke: Sm
     settings = {"clients": 4, "rounds": 1, "local_epochs": 20, "server_examples": 120, "partition__kind": "shards"}
     mean, distilled = (simulate(smoke(strategy=name, **settings)).metrics["loss"] for name in ("fedavg", "feddf"))
     assert distilled < mean
+
+
+class Faint(Scanners):
+    """Clients take one step on inputs that hardly differ, the server fifty on as many times the examples."""
+
+    def federation(self) -> Federation:
+        """Return x = -0.1, 0.1, -0.1, 0.1 for both clients."""
+
+        def split(copies: int) -> Split:
+            x = np.array([-0.1, 0.1] * 2 * copies, np.float32)
+            return Split(x[:, None], (x > 0).astype(np.int64))
+
+        clients = Ragged.stack([split(1), split(1)])
+        return Federation(clients, Ragged.stack([split(0), split(0)]), clients, split(1), server=split(50))
+
+
+def test_fltrust_stretches_steps_and_never_a_variance(smoke: Smoke) -> None:
+    """The clients' steps are made as long as the server's fifty; their variance is theirs: 0.9 + 0.1 * 0.01 * 4 / 3."""
+    settings = {"clients": 2, "rounds": 1, "local_epochs": 1, "batch_size": 4, "learning_rate": 1.0}
+    run = run_lines(smoke, "fltrust", task="test_server_examples:Faint", server_examples=200, **settings)
+    assert float(run.model().state_dict()["0.running_var"]) == pytest.approx(0.9 + 0.1 * 0.01 * 4 / 3, abs=1e-5)
