@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from lines import OPTIMUM, run_lines, shared
@@ -17,13 +18,17 @@ from torch import nn
 
 from core.config import RunConfig
 from core.training import local_sgd
+from simulations.run import Run
 from strategies.moon import _features
 
 Lines = Callable[..., float]
+Smoke = Callable[..., RunConfig]
+# Curvature and optimum of each client.
+CLIENTS = [(1.0, 0.0), (4.0, 2.0)]
 
 
 @pytest.fixture
-def lines(smoke: Callable[..., RunConfig]) -> Lines:
+def lines(smoke: Smoke) -> Lines:
     """Return a function from a strategy and settings to the w that the run ends with."""
     return lambda strategy, *given, **changes: shared(
         run_lines(smoke, strategy, *given, **{"rounds": 60, "local_epochs": 10, **changes})
@@ -48,35 +53,48 @@ def test_they_do_so_when_only_one_of_the_clients_takes_part_in_a_round(strategy:
     assert lines(strategy, sampled=1, rounds=250, **options) == pytest.approx(OPTIMUM, abs=0.05)
 
 
-def test_two_rounds_of_scaffold_by_hand(lines: Lines) -> None:
+def _who(run: Run) -> list[list[int]]:
+    """Return the clients that trained, round by round."""
+    rows = pd.read_parquet(run.path / "clients.parquet").dropna(subset="num_examples")
+    return [sorted(own["client"]) for _, own in rows.groupby("round")]
+
+
+@pytest.mark.parametrize("sampled", [2, 1])
+def test_four_rounds_of_scaffold_by_hand(sampled: int, smoke: Smoke) -> None:
     def local(w: float, a: float, at: float, drift: float) -> float:
         for _ in range(2):
             w -= 0.1 * (a * (w - at) + drift)
         return w
 
+    run = run_lines(smoke, "scaffold", rounds=4, local_epochs=2, sampled=sampled)
     w, c, own = 0.0, 0.0, [0.0, 0.0]
-    for _ in range(2):
-        ends = [local(w, a, at, c - own[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
-        new = [own[k] - c + (w - ends[k]) / (2 * 0.1) for k in range(2)]
-        c, own, w = c + sum(n - o for n, o in zip(new, own, strict=True)) / 2, new, sum(ends) / 2
-    assert lines("scaffold", rounds=2, local_epochs=2) == pytest.approx(w, abs=1e-6)
+    for chosen in _who(run):
+        assert len(chosen) == sampled
+        ends = {k: local(w, *CLIENTS[k], c - own[k]) for k in chosen}
+        new = {k: own[k] - c + (w - ends[k]) / (2 * 0.1) for k in chosen}
+        c += sum(new[k] - own[k] for k in chosen) / 2
+        w = sum(ends.values()) / sampled
+        own = [new.get(k, own[k]) for k in range(2)]
+    assert shared(run) == pytest.approx(w, abs=1e-6)
 
 
-def test_two_rounds_of_feddyn_by_hand(lines: Lines) -> None:
+@pytest.mark.parametrize("sampled", [2, 1])
+def test_four_rounds_of_feddyn_by_hand(sampled: int, smoke: Smoke) -> None:
     def local(w: float, a: float, at: float, g: float) -> float:
         origin = w
         for _ in range(2):
             w -= 0.1 * (a * (w - at) - g + 0.5 * (w - origin))
         return w
 
+    options = {"strategy-options.alpha": 0.5}
+    run = run_lines(smoke, "feddyn", rounds=4, local_epochs=2, sampled=sampled, **options)
     w, h, g = 0.0, 0.0, [0.0, 0.0]
-    for _ in range(2):
-        ends = [local(w, a, at, g[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
-        g = [g[k] - 0.5 * (ends[k] - w) for k in range(2)]
-        h -= 0.5 * sum(end - w for end in ends) / 2
-        w = sum(ends) / 2 - h / 0.5
-    found = lines("feddyn", rounds=2, local_epochs=2, **{"strategy-options.alpha": 0.5})
-    assert found == pytest.approx(w, abs=1e-6)
+    for chosen in _who(run):
+        ends = {k: local(w, *CLIENTS[k], g[k]) for k in chosen}
+        g = [g[k] - 0.5 * (ends[k] - w) if k in chosen else g[k] for k in range(2)]
+        h -= 0.5 * sum(end - w for end in ends.values()) / 2
+        w = sum(ends.values()) / sampled - h / 0.5
+    assert shared(run) == pytest.approx(w, abs=1e-6)
 
 
 def test_fednova_takes_the_pull_of_unequal_numbers_of_steps_out(lines: Lines) -> None:
@@ -107,7 +125,7 @@ def test_fedprox_stays_nearer_to_the_global_model(lines: Lines) -> None:
 
 def _fixed_point(end: Callable[[float, float, float], float]) -> float:
     """Return the w at which the mean of both clients' ends is w; an end is linear in w. Arguments: a, w*, w."""
-    at_0, at_1 = (sum(end(a, best, w) for a, best in ((1.0, 0.0), (4.0, 2.0))) / 2 for w in (0.0, 1.0))
+    at_0, at_1 = (sum(end(a, best, w) for a, best in CLIENTS) / 2 for w in (0.0, 1.0))
     return at_0 / (1 - (at_1 - at_0))
 
 
@@ -135,16 +153,15 @@ def test_mime_lites_momentum_holds_its_clients_together(lines: Lines) -> None:
 
 
 def test_two_rounds_of_mime_lite_by_hand(lines: Lines) -> None:
-    clients = [(1.0, 0.0), (4.0, 2.0)]
     w, m = 0.0, 0.0
     for _ in range(2):
         ends = []
-        for a, at in clients:
+        for a, at in CLIENTS:
             y = w
             for _ in range(2):
                 y -= 0.1 * (0.5 * a * (y - at) + 0.5 * m)
             ends.append(y)
-        m = 0.5 * sum(a * (w - at) for a, at in clients) / 2 + 0.5 * m
+        m = 0.5 * sum(a * (w - at) for a, at in CLIENTS) / 2 + 0.5 * m
         w = sum(ends) / 2
     found = lines("mimelite", rounds=2, local_epochs=2, **{"strategy-options.server-momentum": 0.5})
     assert found == pytest.approx(w, abs=1e-6)
