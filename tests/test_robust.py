@@ -93,6 +93,14 @@ def test_krum_sees_updates_where_flowers_sees_models() -> None:
     assert np.abs(found - current - 0.01).max() < 1e-3
 
 
+def test_krum_leaves_out_of_its_sums_as_many_as_may_be_malicious() -> None:
+    updates = np.array([[0.0], [1.0], [2.2], [4.0], [4.5], [20.0], [20.0]])
+    # Three nearest of seven with f = 2: 1.44 + 3.24 + 4.84 is the least sum.
+    assert _rule("krum", updates, num_malicious_nodes=2)[1] == pytest.approx([2.2])
+    # Five with f = 0, one of them at 20: whoever is nearest to it wins, 0.25 + 5.29 + 12.25 + 20.25 + 240.25.
+    assert _rule("krum", updates)[1] == pytest.approx([4.5])
+
+
 def test_multi_krum_and_bulyan_say_whom_they_selected() -> None:
     hostile = np.concatenate([HONEST, HONEST + 0.01, HOSTILE])
     rule, _ = _rule("multikrum", hostile, num_malicious_nodes=1)
