@@ -37,12 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "FedProx, mu = 1": {"strategy": "fedprox", "strategy-options.proximal-mu": 1.0, "faults.late": "partial"},
 }
 SEEDS = (2, 7, 9)
-"""Of 0 to 9 three whose largest client has few examples, 1,700 to 2,600: in a round everybody waits for the largest."""
+"""Three of the four from 0 to 9 whose largest client is smallest: in a round everybody waits for the largest."""
 TARGETS = (1.0, 0.7)
 LAST = 20
 """Rounds at the end over which the table takes means: from round to round the loss jumps."""
 HEAD = (
-    "synthetic", "answers a round", "test loss (least-most)", "least in seeds", "swing", "accuracy (least-most)",
+    "synthetic", "answers a round", "test loss (least-most)", "least in seeds", "swing", "accuracy, % (least-most)",
     "training loss", "rounds to 1.0, 0.7",
 )  # fmt: skip
 Cells = dict[tuple[str, float, str], list[Run]]
@@ -126,7 +126,7 @@ def rows(cells: Cells) -> list[list[str]]:
             spread(losses[cell], ".2f"),
             f"{int((losses[cell] <= least).sum())} of {len(runs)}",
             f"{np.mean([np.ptp(at_the_end(run, 'loss')) for run in runs]):.2f}",
-            spread([at_the_end(run, "accuracy").mean() for run in runs], ".1%"),
+            spread([100 * at_the_end(run, "accuracy").mean() for run in runs], ".1f"),
             f"{np.mean([training_loss(run) for run in runs]):.2f}",
             ", ".join(f"{median:.0f}" if math.isfinite(median) else "never" for median in medians),
         ])  # fmt: skip
