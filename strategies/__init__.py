@@ -1,5 +1,8 @@
 """The table of aggregation strategies: Flower's own by name, ours beside them, anybody's by entry point or module:attr.
 
+Each file names its paper and equation and says what becomes of the running statistics of normalisation layers; where
+the server is Flower's own they are plain weighted means. Integer buffers never travel (`core.records.travelling`).
+
 A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 
 - a static `local_update(r: LocalRound) -> LocalUpdate`: what its clients run; without it, local SGD;

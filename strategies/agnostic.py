@@ -2,7 +2,7 @@
 
 min over w, max over lambda in the simplex, of sum_k lambda_k F_k(w): clients descend on w, the server ascends on
 lambda by their losses at the global model and projects back to the simplex. With local steps and sampled clients this
-is the algorithm of Deng, Kamani and Mahdavi (NeurIPS 2020, "DRFA"), with lambda moved every round by the losses of
+is algorithm 1 of Deng, Kamani and Mahdavi (NeurIPS 2020, "DRFA"), with lambda moved every round by the losses of
 those that answered. A client's weight in the mean is lambda_k. Running statistics are weighted alike.
 """
 

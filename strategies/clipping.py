@@ -7,7 +7,8 @@
   of distances weighted by examples, by the smoothed Weiszfeld algorithm. All its steps are taken on the n x n matrix
   of scalar products, so that updates are read once.
 
-A radius of 0 is the median of the lengths (of u_i, or of u_i - v) in the round.
+A radius of 0 is the median of the lengths (of u_i, or of u_i - v) in the round. Running statistics pass through the
+rules like everything else.
 """
 
 from __future__ import annotations

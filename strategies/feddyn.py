@@ -1,4 +1,4 @@
-"""FedDyn: a dynamic regulariser makes the clients' optima agree with the global one. Acar et al., ICLR 2021.
+"""FedDyn: a dynamic regulariser makes the clients' optima agree with the global one. Acar et al., ICLR 2021, alg. 1.
 
 Client k minimises L_k(w) - <g_k, w> + alpha/2 ||w - w_t||^2 and then keeps g_k <- g_k - alpha (w_k - w_t). The server
 keeps h <- h - alpha / m sum_{k in P} (w_k - w_t), with m all clients, and takes w <- mean_{k in P}(w_k) - h / alpha.

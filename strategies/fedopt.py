@@ -2,7 +2,9 @@
 
 Flower's classes do the work. Its FedAvgM has no momentum unless it is given one, its FedAdam adds a bias correction
 that the paper does not have, and its FedAdagrad drops the first moment: here all three follow the paper, and
-`bias-correction` brings Flower's FedAdam back.
+`bias-correction` brings Flower's FedAdam back; FedYogi is Flower's as it is. Both moments begin at 0, where the
+paper's v begins at tau^2 or more, and d is weighted by examples. Running statistics take no server step: they are plain
+weighted means.
 """
 
 from __future__ import annotations

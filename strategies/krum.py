@@ -1,9 +1,10 @@
 """Krum, Multi-Krum and Bulyan: updates among many like them. Blanchard et al., NeurIPS 2017; El Mhamdi et al., 2018.
 
-A client's score is the sum of squared distances to its n - f - 2 nearest others, f = `num_malicious_nodes`. Krum takes
-the update of least score, Multi-Krum the mean of the n - f of least scores (weighted by examples), Bulyan a trimmed
-mean of those that Krum selects. Flower's classes and its selection do the work, on centred updates; here it is noted
-whom they select.
+A client's score is the sum of squared distances to its n - f - 2 nearest others, f = `num_malicious_nodes` (Blanchard
+et al., section 4). Krum takes the update of least score, Multi-Krum the mean of the n - f of least scores (weighted by
+examples), Bulyan of the n - 2f of least scores each number's mean of the n - 4f nearest to their median. Flower's
+classes and its selection do the work, on centred updates; here it is noted whom they select. They rank once for Bulyan,
+whose paper ranks anew after every one it selects. Running statistics pass through the rules like everything else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Coordinate-wise median and trimmed mean. Yin et al., ICML 2018.
+"""Coordinate-wise median and trimmed mean. Yin et al., ICML 2018, definitions 1 and 2.
+
+Running statistics pass through the rules like everything else.
 
 The median is taken by a sorting network (Batcher, 1968) on chunks that stay in the cache: minimum and maximum of whole
 rows, no branch, several times as fast as NumPy's partition along the first axis, with the same bits.

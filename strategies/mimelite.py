@@ -1,4 +1,4 @@
-"""Mime Lite: the server's momentum, held fixed, in every local step. Karimireddy et al., NeurIPS 2021, algorithm 2.
+"""Mime Lite: the server's momentum, held fixed, in every local step. Karimireddy et al., NeurIPS 2021, algorithm 1.
 
 With SGD and momentum beta: y <- y - eta ((1 - beta) g_i(y) + beta m); the server takes x = mean(y_i) and
 m <- (1 - beta) mean(grad f_i(x)) + beta m, with the clients' full-batch gradients at x. Clients count the same. Running

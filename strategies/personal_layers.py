@@ -1,13 +1,15 @@
 """Layers that never leave a client: FedBN's normalisation layers, FedPer's and FedRep's head.
 
-- FedBN (Li et al., ICLR 2021): parameters and running statistics of normalisation layers stay with each client; all
-  others are averaged. Against feature shift: every hospital's scanner is normalised on its own.
-- FedPer (Arivazhagan et al., 2019): the last `personal_layers` layers stay; body and head train together.
+- FedBN (Li et al., ICLR 2021, algorithm 1): parameters and running statistics of normalisation layers stay with each
+  client; all others are averaged. Against feature shift: every hospital's scanner is normalised on its own.
+- FedPer (Arivazhagan et al., 2019, algorithms 1 and 2): the last `personal_layers` layers stay; body and head train
+  together.
 - FedRep (Collins et al., ICML 2021, algorithm 1): the head trains first, `head_share` of the round's steps, against the
   body as it came; then the body against the new head.
 
 A client evaluates the global model with its own layers. The global model keeps these layers as they were initialised:
-its central metrics say little. Uplink is smaller by what stays.
+its central metrics say little. Uplink is smaller by what stays. Running statistics of layers that are shared are plain
+weighted means; those of layers that stay are the client's.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 - FLTrust (Cao et al., NDSS 2021, algorithm 2): the server trains the global model on its examples as a client does:
   g_0. Client i has the trust score max(0, cos(g_i, g_0)); its update is scaled to the length of g_0, and the mean is
-  weighted by the scores. Where nobody is trusted the global model stays.
+  weighted by the scores. Where nobody is trusted the global model stays. Running statistics are means weighted by the
+  scores, which they have no part in: a variance that is stretched may end below 0.
 - FedDF (Lin et al., NeurIPS 2020, algorithm 1): from the mean of the models, the student is trained on the server's
   examples without their labels towards the mean of the clients' logits. One round of it is one-shot federated ensemble
-  distillation.
+  distillation. Running statistics are those of the student's own passes, from the mean of the clients'.
 
 `server-examples` are kept from all clients.
 """
@@ -29,6 +30,7 @@ from core.records import to_arrays, to_tensors, travelling
 from core.seeding import derive, permutations
 from core.server_side import ServerSide
 from core.training import assemble, local_sgd
+from strategies.requirements import trainable
 from strategies.robust import Rule, arrays_of
 
 
@@ -38,8 +40,9 @@ class FLTrust(Rule):
     settings: ClassVar[dict[str, Any]] = {"server-examples": 100}
 
     def set_up(self, server: ServerSide) -> None:
-        """Take the server's examples."""
+        """Take the server's examples, and learn which tensors take steps."""
         self.server = server
+        self.names = trainable(server)
         self.round = 0
 
     def rule(self, server_round: int, updates: np.ndarray, replies: list[Message]) -> Any:
@@ -49,17 +52,19 @@ class FLTrust(Rule):
 
     def combine(self, updates: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Return the trusted mean (d,)."""
-        own = self._own_update()
+        moving = np.concatenate([np.full(value.size, name in self.names) for name, value in self.current.items()])
+        own = self._own_update() * moving
         length = float(np.linalg.norm(own))
-        lengths = np.linalg.norm(updates, axis=1)
+        lengths = np.linalg.norm(updates * moving, axis=1)
         cosines = updates @ own / np.maximum(lengths * length, 1e-12)
         trust = np.maximum(cosines, 0)
         if trust.sum() == 0:
             self.shares = [0.0] * len(updates)
             return np.zeros_like(own)
-        self.shares = (trust / trust.sum()).tolist()
-        weights = trust / trust.sum() * length / np.maximum(lengths, 1e-12)
-        mean: np.ndarray = weights.astype(np.float32) @ updates
+        shares = (trust / trust.sum()).astype(np.float32)
+        self.shares = shares.tolist()
+        stretched = (shares * length / np.maximum(lengths, 1e-12)).astype(np.float32)
+        mean: np.ndarray = np.where(moving, stretched @ updates, shares @ updates)
         return mean
 
     def _own_update(self) -> np.ndarray:

@@ -24,14 +24,19 @@ ALL = (
     "fltrust,feddf,fedbuff"
 )
 PERSONAL = "fedavg,fedbn,ditto,apfl,fedper,fedrep,perfedavg,ifca"
+ROTATED = "digits dataset=rotated model=cnn-batchnorm clients=8 partition.kind=natural"
 COMMANDS = {
     "medical": f"medical strategy={ALL}",
     "digits": f"digits model=mlp rounds=15 evaluate-every=15 strategy={ALL}",
-    "rotated": f"digits dataset=rotated model=cnn-batchnorm clients=8 partition.kind=natural strategy={PERSONAL}",
+    "nlp": f"nlp optimizer=sgd learning-rate=1 rounds=10 evaluate-every=10 strategy={ALL}",
+    "rotated": f"{ROTATED} strategy={PERSONAL}",
+    "rotated-tuned": f"{ROTATED} strategy=fedavg fine-tune-epochs=3",
 }
 COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "medical: AUROC": ("medical", ("metrics", "auroc")),
     "digits: accuracy": ("digits", ("metrics", "accuracy")),
+    "nlp: macro-F1": ("nlp", ("metrics", "macro_f1")),
+    "nlp: worst client": ("nlp", ("clients_metrics", "accuracy", "worst")),
     "rotated: clients' accuracy": ("rotated", ("clients_metrics", "accuracy", "mean")),
     "rotated: worst client": ("rotated", ("clients_metrics", "accuracy", "worst")),
 }
@@ -44,17 +49,19 @@ def main() -> None:
     given = parser.parse_args()
     found = {task: summaries(task, given.out / task) for task in COMMANDS}
     names = list(dict.fromkeys([*ALL.split(","), *PERSONAL.split(",")]))
-    rows = []
-    for name in names:
-        cells = []
-        for task, where in COLUMNS.values():
-            own = [summary for summary in found[task] if summary["strategy"] == name]
-            cells.append(str(interval(nested(summary, *where) for summary in own)) if own else "")
-        rows.append([name, *cells])
+    rows = [[name, *(cell(found[task], name, where) for task, where in COLUMNS.values())] for name in names]
+    tuned = (cell(found.get(f"{task}-tuned", []), "fedavg", where) for task, where in COLUMNS.values())
+    rows.append(["fedavg, `fine-tune-epochs=3`", *tuned])
     commands = "\n".join(f"fedra compare {command} seeds=3 baselines=false" for command in COMMANDS.values())
     text = f"{table(['strategy', *COLUMNS], rows)}\n\n```\n{commands}\n```"
     print(text)
     fill(DOCS / "strategies.md", "strategies", text)
+
+
+def cell(summaries: list[dict[str, Any]], strategy: str, where: tuple[str, ...]) -> str:
+    """Return mean and interval of a number over a strategy's runs, empty where there are none."""
+    own = [summary for summary in summaries if summary["strategy"] == strategy]
+    return str(interval(nested(summary, *where) for summary in own)) if own else ""
 
 
 def summaries(task: str, out: Path) -> list[dict[str, Any]]:

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 from core.config import RunConfig
 from core.data import Federation, Ragged, Split
+from simulations.run import Run, simulate
+from tasks.base import classification_loss
 from tasks.medical import Medical
+
+# Losses 1/2 w^2 and 2 (w - 2)^2: a = 1 and b = 4. The mean of both is least where w + 4 (w - 2) = 0.
+UNLIKE, OPTIMUM = "1,0,1;2,4,1", 1.6
+
+
+def run_lines(
+    smoke: Callable[..., RunConfig], strategy: str, dataset: str = UNLIKE, task: str = "lines:Lines", **changes: Any
+) -> Run:
+    """Return a run of a task of this file, one point at a time with rate 0.1; changes with a dot are as they are."""
+    given = {key: changes.pop(key) for key in list(changes) if "." in key}
+    config = smoke(
+        task=task, dataset=dataset, strategy=strategy, evaluate_every=1000,
+        **{"clients": len(dataset.split(";")), "batch_size": 1, "learning_rate": 0.1, **changes},
+    )  # fmt: skip
+    return simulate(RunConfig.of({**config.flat(), **given}))
+
+
+def shared(run: Run) -> float:
+    """Return the global model's first weight: w."""
+    return float(run.model().get_submodule("0").weight.detach())
 
 
 class Lines:
     """Client k fits y = w x through copies of one point; `dataset` is "x,y,copies;x,y,copies;...".
 
-    Its loss is x^2/2 (w - y/x)^2, the step of plain SGD multiplies the distance from y/x by 1 - rate x^2.
+    Its loss is x^2/2 (w - y/x)^2, the step of plain SGD multiplies the distance from y/x by 1 - rate x^2. With
+    `server-examples` the last point is the server's own.
     """
 
     labels = tuple(map(str, range(10)))
-    metrics = ("accuracy",)
+    metrics = ("accuracy", "loss")
     standardise = "none"
     tuned_threshold = False
 
     def __init__(self, config: RunConfig) -> None:
         self._points = [tuple(map(float, point.split(","))) for point in config.dataset.split(";")]
+        self._own = self._points.pop() if config.server_examples else None
 
     def federation(self) -> Federation:
         """Return the clients; validation is empty and the central test set is the first client's."""
@@ -36,7 +63,7 @@ class Lines:
 
         clients = Ragged.stack([split(*point) for point in self._points])
         nothing = Ragged.stack([split(x, y, 0) for x, y, _ in self._points])
-        return Federation(clients, nothing, clients, clients[0])
+        return Federation(clients, nothing, clients, clients[0], server=split(*self._own) if self._own else None)
 
     def model(self) -> nn.Module:
         """Return w x with w = 0."""
@@ -47,6 +74,65 @@ class Lines:
     def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return half the squared error, (B,)."""
         return 0.5 * (logits - y.to(logits.dtype)) ** 2
+
+
+def slopes(run: Run, dataset: str = UNLIKE) -> list[float]:
+    """Return the w that each client of `Lines` evaluated at the end of a run, its own where it has one.
+
+    As a logit w x has the cross-entropy log(1 + e^-wx) on label 1 and log(1 + e^wx) on any other.
+    """
+    rows = pd.read_parquet(run.path / "clients.parquet")
+    losses = rows[rows["round"] == rows["round"].max()].sort_values("client")["test_loss"]
+    points = [tuple(map(float, point.split(","))) for point in dataset.split(";")]
+    signs = [-1 if y == 1 else 1 for _, y, _ in points]
+    return [s * float(np.log(np.expm1(loss))) / x for loss, s, (x, _, _) in zip(losses, signs, points, strict=True)]
+
+
+class Begun(Lines):
+    """`Lines` that begin with a slope drawn between -1 and 1: models from unlike seeds are unlike."""
+
+    def model(self) -> nn.Module:
+        """Return w x."""
+        return nn.Sequential(nn.Linear(1, 1, bias=False), nn.Flatten(0))
+
+
+class Bent(Lines):
+    """`Lines` in two layers: y = v u x with u = v = 1, u the body and v the head."""
+
+    def model(self) -> nn.Module:
+        """Return v u x."""
+        layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+        for layer in layers:
+            nn.init.ones_(layer.weight)
+        return nn.Sequential(*layers, nn.Flatten(0))
+
+
+class Scanners(Lines):
+    """Two clients who tell the brighter of their own two shades, on scanners of unlike brightness: feature shift."""
+
+    labels = ("dark", "bright")
+
+    def __init__(self, config: RunConfig) -> None:
+        pass
+
+    def federation(self) -> Federation:
+        """Return x = -1, 1, -1, 1 and x = 9, 9, 9, 11; 1 and 11 are bright."""
+        x = [np.array(values, np.float32)[:, None] for values in ((-1, 1, -1, 1), (9, 9, 9, 11))]
+        splits = [Split(own, (own[:, 0] == own.max()).astype(np.int64)) for own in x]
+        clients = Ragged.stack(splits)
+        nothing = Ragged.stack([Split(own.x[:0], own.y[:0]) for own in splits])
+        return Federation(clients, nothing, clients, splits[0])
+
+    def model(self) -> nn.Module:
+        """Return w times the normalised x, plus b, with w = 1 and b = 0."""
+        line = nn.Linear(1, 1)
+        nn.init.ones_(line.weight)
+        nn.init.zeros_(line.bias)
+        return nn.Sequential(nn.BatchNorm1d(1), line, nn.Flatten(0))
+
+    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy, (B,)."""
+        return classification_loss(logits, y)
 
 
 class Disagreeing(Medical):

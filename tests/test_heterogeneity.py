@@ -7,34 +7,32 @@ Clients A and B have losses a/2 w^2 and b/2 (w - 2)^2. K local steps of rate r f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from lines import OPTIMUM, run_lines, shared
+from test_personalisation import _half, _round
+from torch import nn
 
 from core.config import RunConfig
-from simulations.run import simulate
+from core.training import local_sgd
+from simulations.run import Run
+from strategies.moon import _features
 
-# a = 1 and b = 4: the mean of both is least where w + 4 (w - 2) = 0.
-UNLIKE, OPTIMUM = "1,0,1;2,4,1", 1.6
 Lines = Callable[..., float]
+Smoke = Callable[..., RunConfig]
+# Curvature and optimum of each client.
+CLIENTS = [(1.0, 0.0), (4.0, 2.0)]
 
 
 @pytest.fixture
-def lines(smoke: Callable[..., RunConfig]) -> Lines:
+def lines(smoke: Smoke) -> Lines:
     """Return a function from a strategy and settings to the w that the run ends with."""
-
-    def run(strategy: str, dataset: str = UNLIKE, **changes: Any) -> float:
-        options = {key: changes.pop(key) for key in list(changes) if key.startswith("strategy-options")}
-        config = smoke(
-            task="lines:Lines", dataset=dataset, clients=len(dataset.split(";")), strategy=strategy, batch_size=1,
-            engine__cohort_size=2, evaluate_every=1000,
-            **{"rounds": 60, "local_epochs": 10, "learning_rate": 0.1, **changes},
-        )  # fmt: skip
-        weight = simulate(RunConfig.of({**config.flat(), **options})).model().get_submodule("0").weight
-        return float(weight.detach())
-
-    return run
+    return lambda strategy, *given, **changes: shared(
+        run_lines(smoke, strategy, *given, **{"rounds": 60, "local_epochs": 10, **changes})
+    )
 
 
 def test_fedavg_ends_where_the_drift_of_its_clients_cancels_and_not_at_the_optimum(lines: Lines) -> None:
@@ -55,35 +53,48 @@ def test_they_do_so_when_only_one_of_the_clients_takes_part_in_a_round(strategy:
     assert lines(strategy, sampled=1, rounds=250, **options) == pytest.approx(OPTIMUM, abs=0.05)
 
 
-def test_two_rounds_of_scaffold_by_hand(lines: Lines) -> None:
+def _who(run: Run) -> list[list[int]]:
+    """Return the clients that trained, round by round."""
+    rows = pd.read_parquet(run.path / "clients.parquet").dropna(subset="num_examples")
+    return [sorted(own["client"]) for _, own in rows.groupby("round")]
+
+
+@pytest.mark.parametrize("sampled", [2, 1])
+def test_four_rounds_of_scaffold_by_hand(sampled: int, smoke: Smoke) -> None:
     def local(w: float, a: float, at: float, drift: float) -> float:
         for _ in range(2):
             w -= 0.1 * (a * (w - at) + drift)
         return w
 
+    run = run_lines(smoke, "scaffold", rounds=4, local_epochs=2, sampled=sampled)
     w, c, own = 0.0, 0.0, [0.0, 0.0]
-    for _ in range(2):
-        ends = [local(w, a, at, c - own[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
-        new = [own[k] - c + (w - ends[k]) / (2 * 0.1) for k in range(2)]
-        c, own, w = c + sum(n - o for n, o in zip(new, own, strict=True)) / 2, new, sum(ends) / 2
-    assert lines("scaffold", rounds=2, local_epochs=2) == pytest.approx(w, abs=1e-6)
+    for chosen in _who(run):
+        assert len(chosen) == sampled
+        ends = {k: local(w, *CLIENTS[k], c - own[k]) for k in chosen}
+        new = {k: own[k] - c + (w - ends[k]) / (2 * 0.1) for k in chosen}
+        c += sum(new[k] - own[k] for k in chosen) / 2
+        w = sum(ends.values()) / sampled
+        own = [new.get(k, own[k]) for k in range(2)]
+    assert shared(run) == pytest.approx(w, abs=1e-6)
 
 
-def test_two_rounds_of_feddyn_by_hand(lines: Lines) -> None:
+@pytest.mark.parametrize("sampled", [2, 1])
+def test_four_rounds_of_feddyn_by_hand(sampled: int, smoke: Smoke) -> None:
     def local(w: float, a: float, at: float, g: float) -> float:
         origin = w
         for _ in range(2):
             w -= 0.1 * (a * (w - at) - g + 0.5 * (w - origin))
         return w
 
+    options = {"strategy-options.alpha": 0.5}
+    run = run_lines(smoke, "feddyn", rounds=4, local_epochs=2, sampled=sampled, **options)
     w, h, g = 0.0, 0.0, [0.0, 0.0]
-    for _ in range(2):
-        ends = [local(w, a, at, g[k]) for k, (a, at) in enumerate([(1.0, 0.0), (4.0, 2.0)])]
-        g = [g[k] - 0.5 * (ends[k] - w) for k in range(2)]
-        h -= 0.5 * sum(end - w for end in ends) / 2
-        w = sum(ends) / 2 - h / 0.5
-    found = lines("feddyn", rounds=2, local_epochs=2, **{"strategy-options.alpha": 0.5})
-    assert found == pytest.approx(w, abs=1e-6)
+    for chosen in _who(run):
+        ends = {k: local(w, *CLIENTS[k], g[k]) for k in chosen}
+        g = [g[k] - 0.5 * (ends[k] - w) if k in chosen else g[k] for k in range(2)]
+        h -= 0.5 * sum(end - w for end in ends.values()) / 2
+        w = sum(ends.values()) / sampled - h / 0.5
+    assert shared(run) == pytest.approx(w, abs=1e-6)
 
 
 def test_fednova_takes_the_pull_of_unequal_numbers_of_steps_out(lines: Lines) -> None:
@@ -112,33 +123,70 @@ def test_fedprox_stays_nearer_to_the_global_model(lines: Lines) -> None:
     assert found == pytest.approx(w / 2, abs=1e-6)
 
 
+def _fixed_point(end: Callable[[float, float, float], float]) -> float:
+    """Return the w at which the mean of both clients' ends is w; an end is linear in w. Arguments: a, w*, w."""
+    at_0, at_1 = (sum(end(a, best, w) for a, best in CLIENTS) / 2 for w in (0.0, 1.0))
+    return at_0 / (1 - (at_1 - at_0))
+
+
+def test_fedprox_ends_nearer_to_the_optimum_than_fedavg(lines: Lines) -> None:
+    def end(a: float, best: float, w: float) -> float:
+        pulled_to = (a * best + 4 * w) / (a + 4)
+        return pulled_to + (w - pulled_to) * (1 - 0.1 * (a + 4)) ** 10
+
+    wanted = _fixed_point(end)
+    assert wanted == pytest.approx(1.4286, abs=1e-3)
+    assert lines("fedprox", **{"strategy-options.proximal-mu": 4.0}) == pytest.approx(wanted, abs=1e-4)
+    # FedAvg ends at 1.2083 with the same steps.
+    assert abs(wanted - OPTIMUM) < 0.45 * abs(1.2083 - OPTIMUM)
+
+
+def test_mime_lites_momentum_holds_its_clients_together(lines: Lines) -> None:
+    def end(a: float, best: float, w: float) -> float:
+        m = (w + 4 * (w - 2)) / 2
+        pulled_to = best - 0.9 * m / (0.1 * a)
+        return pulled_to + (w - pulled_to) * (1 - 0.1 * 0.1 * a) ** 10
+
+    wanted = _fixed_point(end)
+    assert lines("mimelite", rounds=200) == pytest.approx(wanted, abs=5e-4)
+    assert abs(wanted - OPTIMUM) < 0.1 * abs(1.2083 - OPTIMUM)
+
+
 def test_two_rounds_of_mime_lite_by_hand(lines: Lines) -> None:
-    clients = [(1.0, 0.0), (4.0, 2.0)]
     w, m = 0.0, 0.0
     for _ in range(2):
         ends = []
-        for a, at in clients:
+        for a, at in CLIENTS:
             y = w
             for _ in range(2):
                 y -= 0.1 * (0.5 * a * (y - at) + 0.5 * m)
             ends.append(y)
-        m = 0.5 * sum(a * (w - at) for a, at in clients) / 2 + 0.5 * m
+        m = 0.5 * sum(a * (w - at) for a, at in CLIENTS) / 2 + 0.5 * m
         w = sum(ends) / 2
     found = lines("mimelite", rounds=2, local_epochs=2, **{"strategy-options.server-momentum": 0.5})
     assert found == pytest.approx(w, abs=1e-6)
 
 
-def _losses(w: float) -> tuple[float, float]:
-    return w**2 / 2, 2 * (w - 2) ** 2
+@pytest.mark.parametrize("q", [0.0, 1.0, 5.0])
+def test_qfedavg_ends_where_losses_to_the_power_of_q_balance_the_gradients(q: float, lines: Lines) -> None:
+    """(w^2 / 2)^q w = (2 (2 - w)^2)^q 4 (2 - w) where w / (2 - w) = 4^((q + 1) / (2 q + 1)): 1.6, 1.432, 1.361.
+
+    The larger q, the nearer are the clients' losses: at 4/3 they would be equal.
+    """
+    ratio = 4 ** ((q + 1) / (2 * q + 1))
+    w = 2 * ratio / (1 + ratio)
+    found = lines("qfedavg", rounds=150, local_epochs=1, **{"strategy-options.q": q})
+    assert found == pytest.approx(w, abs=1e-3)
+    a, b = found**2 / 2, 2 * (found - 2) ** 2
+    assert a - b == pytest.approx({0.0: 0.96, 1.0: 0.379, 5.0: 0.110}[q], abs=0.005)
 
 
-def test_qfedavg_narrows_the_spread_of_losses(lines: Lines) -> None:
-    settings = {"rounds": 100, "local_epochs": 1}
-    spreads = []
-    for q in (0.0, 1.0, 5.0):
-        a, b = _losses(lines("qfedavg", **settings, **{"strategy-options.q": q}))
-        spreads.append(abs(a - b))
-    assert spreads[0] > 1.5 * spreads[1] > 1.5 * spreads[2]
+def test_two_rounds_of_agnostic_learning_by_hand(lines: Lines) -> None:
+    # Losses at w = 0 are 0 and 8: lambda goes from (0.5, 0.5) to (0.5, 0.9) and back to the simplex, (0.3, 0.7).
+    w = 0.5 * 0 + 0.5 * 0.8
+    w = 0.3 * 0.9 * w + 0.7 * (w - 0.1 * 4 * (w - 2))
+    options = {"strategy-options.lambda-learning-rate": 0.05}
+    assert lines("agnostic", rounds=2, local_epochs=1, **options) == pytest.approx(w, abs=1e-6)
 
 
 def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(lines: Lines) -> None:
@@ -171,3 +219,21 @@ def test_equal_clients_make_scaffold_fednova_and_feddyns_first_round_fedavg(line
     assert lines("scaffold", **same) == pytest.approx(plain)
     assert lines("fednova", **same) == pytest.approx(plain)
     assert torch.tensor(plain).isfinite()
+
+
+def test_moon_keeps_features_like_the_global_models_rather_than_like_the_clients_last_ones() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
+    r = _round(net, sizes=(64,), batch_size=2, rate=0.1)
+    last = {name: 0.5 * torch.randn_like(t) for name, t in r.global_params.items()}
+    ends, gaps = [], []
+    for mu in (0.0, 1.0, 5.0):
+        half, own = _half("moon", r, mu=mu)
+        state = {"previous": {name: t.unsqueeze(0) for name, t in last.items()}}
+        ends.append({name: p[0] for name, p in half.local_update(replace(own, state=state)).params.items()})
+        z, now, before = (_features(net, weights, r.x)[1] for weights in (ends[-1], r.global_params, last))
+        gaps.append(float((torch.cosine_similarity(z, now) - torch.cosine_similarity(z, before)).mean()))
+    assert gaps[2] > gaps[1] + 0.1 > gaps[0] + 0.2
+    # Without the term it is FedAvg.
+    plain = local_sgd(r).params
+    assert all(torch.allclose(p, plain[name][0], atol=1e-6) for name, p in ends[0].items())

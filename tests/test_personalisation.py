@@ -152,7 +152,7 @@ def test_a_step_of_apfl_by_hand(vectorised: bool) -> None:
     for name in w:
         assert update.params[name][0] == pytest.approx((w[name] - 0.1 * w[name].grad).detach(), abs=1e-6)
         assert update.state[OWN][name][0] == pytest.approx((v[name] - 0.1 * v[name].grad).detach(), abs=1e-6)
-    assert update.state[MIXTURE][ALPHA][0] == pytest.approx(float(alpha - 0.1 * alpha.grad), abs=1e-6)
+    assert update.state[MIXTURE][ALPHA][0] == pytest.approx(float((alpha - 0.1 * alpha.grad).detach()), abs=1e-6)
 
 
 @pytest.mark.parametrize("first_order", [True, False])

@@ -28,13 +28,13 @@ def _rule(name: str, updates: np.ndarray, current: np.ndarray | float = 0.0, **o
     flat = {f"strategy-options.{key.replace('_', '-')}": value for key, value in options.items()}
     rule: Any = build_strategy(RunConfig.of({"strategy": name, "clients": len(updates), **flat}))
     origin = np.broadcast_to(np.float32(current), updates.shape[1:]).astype(np.float32)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     rule.current = {"w": origin}
     arrays, _ = rule.aggregate_train(1, [_reply(k, origin + u) for k, u in enumerate(updates)])
     return rule, to_numpy(arrays["w"])
 
 
 def _reply(client: int, weights: np.ndarray) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     content = RecordDict(
         {
             "arrays": to_arrays({"w": weights.astype(np.float32)}),
@@ -93,6 +93,14 @@ def test_krum_sees_updates_where_flowers_sees_models() -> None:
     assert np.abs(found - current - 0.01).max() < 1e-3
 
 
+def test_krum_leaves_out_of_its_sums_as_many_as_may_be_malicious() -> None:
+    updates = np.array([[0.0], [1.0], [2.2], [4.0], [4.5], [20.0], [20.0]])
+    # Three nearest of seven with f = 2: 1.44 + 3.24 + 4.84 is the least sum.
+    assert _rule("krum", updates, num_malicious_nodes=2)[1] == pytest.approx([2.2])
+    # Five with f = 0, one of them at 20: whoever is nearest to it wins, 0.25 + 5.29 + 12.25 + 20.25 + 240.25.
+    assert _rule("krum", updates)[1] == pytest.approx([4.5])
+
+
 def test_multi_krum_and_bulyan_say_whom_they_selected() -> None:
     hostile = np.concatenate([HONEST, HONEST + 0.01, HOSTILE])
     rule, _ = _rule("multikrum", hostile, num_malicious_nodes=1)
@@ -112,6 +120,17 @@ def test_the_geometric_median_of_a_line_is_its_middle_point_and_of_a_triangle_fe
     assert weights @ corner == pytest.approx([(3 - 3**0.5) / 6] * 2, abs=1e-6)
 
 
+def test_the_geometric_median_is_where_more_than_half_of_all_examples_are() -> None:
+    """Weiszfeld's weights are alpha_i / |u_i - z|: a point that outweighs all others together is the median."""
+    points = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    weights = geometric_median_weights(points, np.array([0.6, 0.2, 0.2]), 200, 1e-9)
+    assert weights @ points == pytest.approx([0, 0], abs=1e-6)
+    # A mean follows half of all clients as far as they go, the geometric median less than half not at all.
+    for far in (10.0, 1000.0):
+        _, found = _rule("rfa", np.array([[0.0], [0.0], [0.0], [far], [far]]), iterations=50)
+        assert found == pytest.approx([0], abs=0.01)
+
+
 def test_norm_clipping_by_hand() -> None:
     updates = np.array([[3.0, 4.0], [0.6, 0.8], [0.0, -1.0]])
     _, found = _rule("normclipping", updates, radius=2.0)
@@ -126,6 +145,10 @@ def test_centred_clipping_by_hand() -> None:
     rule, found = _rule("centredclipping", np.array([[3.0, 4.0], [0.6, 0.0]]), radius=1.0, iterations=1)
     assert found == pytest.approx([0.6, 0.4], abs=1e-6)
     assert rule.last == pytest.approx([0.6, 0.4], abs=1e-6)
+    # The next round's begins there: (3.6, 4.4) is (3, 4) away and counts as (0.6, 0.8), (0.6, 0.4) is not away at all.
+    rule.current = {"w": np.zeros(2, np.float32)}
+    arrays, _ = rule.aggregate_train(2, [_reply(k, np.array(u)) for k, u in enumerate([(3.6, 4.4), (0.6, 0.4)])])
+    assert to_numpy(arrays["w"]) == pytest.approx([0.6 + 0.3, 0.4 + 0.4], abs=1e-6)
 
 
 def test_buckets_average_before_the_rule_sees_them() -> None:
@@ -143,47 +166,27 @@ def test_buckets_average_before_the_rule_sees_them() -> None:
         _rule("rfa", updates, bucket_size=0)
 
 
+def test_buckets_let_a_median_hear_those_who_are_unlike() -> None:
+    """Four clients say 0 and two say 6: the mean is 2, the median 0, since it hears the majority alone.
+
+    Of three random pairs one is (6, 6) one time in five, and the median of (0, 0, 6) is 0; else that of (3, 3, 0) is 3:
+    2.4 on average.
+    """
+    updates = np.array([[0.0]] * 4 + [[6.0]] * 2)
+    assert _rule("fedmedian", updates)[1] == pytest.approx([0])
+    found = []
+    for seed in range(200):
+        random.seed(seed)
+        found.append(float(_rule("fedmedian", updates, bucket_size=2)[1][0]))
+    assert set(found) == {0.0, 3.0}
+    assert np.mean(found) == pytest.approx(2.4, abs=0.25)
+
+
 def test_a_rule_moves_the_global_model_by_what_it_made_of_the_updates() -> None:
     for name in ("fedmedian", "fedtrimmedavg", "krum", "rfa", "normclipping", "centredclipping"):
         _, from_zero = _rule(name, HONEST)
         _, from_there = _rule(name, HONEST, 5.0)
         assert from_there - 5 == pytest.approx(from_zero, abs=1e-5), name
-
-
-@pytest.mark.parametrize("strategy", ["fltrust", "feddf"])
-def test_a_strategy_that_trains_on_the_servers_examples_asks_for_some(strategy: str, smoke: Smoke) -> None:
-    with pytest.raises(InputError, match=f"{strategy} trains on examples of the server's own; set server-examples="):
-        simulate(smoke(strategy=strategy, server_examples=0))
-
-
-def test_the_servers_examples_are_no_clients(smoke: Smoke) -> None:
-    from server.build import check
-
-    without, with_ = check(smoke()), check(smoke(server_examples=50))
-    assert with_.server is not None
-    assert len(with_.server) == 50
-
-    def count(federation: Any) -> int:
-        return sum(len(split.y) for split in (federation.train, federation.validation, federation.test))
-
-    assert count(with_) == count(without) - 50
-    assert len(with_.central) == len(without.central)
-    rows = {row.tobytes() for split in (with_.train, with_.validation, with_.test) for row in split.x}
-    assert not rows & {row.tobytes() for row in with_.server.x}
-
-
-def test_fltrust_does_not_trust_those_who_go_the_other_way(smoke: Smoke) -> None:
-    attacked = smoke(strategy="fltrust", server_examples=60, clients=5, rounds=4)
-    attacked = RunConfig.of({**attacked.flat(), "attack.kind": "sign-flip", "attack.fraction": 0.4})
-    run = simulate(attacked)
-    assert run.summary["attack"]["selected"] == 0
-    assert run.metrics["accuracy"] > 0.9
-
-
-def test_feddf_comes_nearer_to_its_ensemble_than_the_mean_of_models_is(smoke: Smoke) -> None:
-    settings = {"clients": 4, "rounds": 1, "local_epochs": 20, "server_examples": 120, "partition__kind": "shards"}
-    mean, distilled = (simulate(smoke(strategy=name, **settings)).metrics["loss"] for name in ("fedavg", "feddf"))
-    assert distilled < mean
 
 
 def test_bulyan_counts_refused_answers_among_the_malicious(smoke: Smoke) -> None:
