@@ -121,7 +121,8 @@ def _curves(found: Found) -> Html:
         {**axis, "title": {"text": "members found (log scale)"}},
         height=HEIGHT,
     )
-    return figure(chart, "Members found against false positives", key([*names, ("dash", look.GREY, "a guess")]))
+    legend = key([*names, ("dash", look.GREY, "a guess")])
+    return figure(chart, "Members found against false positives", legend)
 
 
 def _inversion(found: Found) -> Html:
@@ -131,8 +132,8 @@ def _inversion(found: Found) -> Html:
     ]
     note = (
         f"What an update of {found['client']} in round 1 shows to whoever gets it, by {words.BY[found['by']]}; "
-        f"{words.guess(found)}. {CLEAR[found['kind']]} The attacker knows the labels, and what is found is matched with the "
-        "examples as well as it can be: this is a worst case, of these attacks; a better one may find more."
+        f"{words.guess(found)}. {CLEAR[found['kind']]} The attacker knows the labels, and what is found is matched "
+        "with the examples as well as it can be: this is a worst case, of these attacks; a better one may find more."
     )
     table = markup.table(["Update of", "Seen", "Shows"], rows, text=3)
     pictures = [_pictures(case) for case in found["cases"] if case.get("pictures")]
