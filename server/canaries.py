@@ -1,8 +1,8 @@
 """Canary clients in the private sum: drawn and clipped as everybody, released in the same noisy sum, and watched.
 
 Two observers guess who is in. One knows everything but the coins and the noise: it takes every honest client's update
-off what was released. That is against whom epsilon protects, and what the verdict is about. The other sees what was
-released and nothing else.
+off what was released. Epsilon holds whatever others do and whoever knows it, so the verdict is about this one. The
+other sees what was released and nothing else.
 """
 
 from __future__ import annotations

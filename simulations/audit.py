@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from core.errors import InputError, unknown
-from reports import audit as words
+from reports import audit_words as words
 from reports.load import AUDIT, load
 from reports.page import write_report
 from server.recorder import RunFolder
