@@ -77,6 +77,11 @@ def _audited(config: RunConfig, subject: Subject) -> Iterator[str]:
             f"audit.canaries={given} is for noise that a server adds anew in every round; set privacy.noise=central "
             "and privacy.mechanism=gaussian, or drop it."
         )
+    if own.population:
+        yield (
+            f"audit.canaries={given} measures the noise that is there, and with privacy.population={own.population} "
+            "that is less than epsilon needs; drop one of them."
+        )
     size = sum(p.numel() for p in travelling(subject.model).values())
     room = most(size) * (config.clients if own.level == "example" else 1)
     if given > room:

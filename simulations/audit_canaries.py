@@ -13,6 +13,7 @@ import numpy as np
 
 from core.config import RunConfig
 from core.errors import InputError
+from core.idle import without_idle
 from core.records import travelling
 from privacy.audit import canaries as hidden
 from privacy.audit import one_run
@@ -85,6 +86,8 @@ def _nothing(config: RunConfig) -> str:
         return f"canaries are for noise of the server's or in every step, and this run's is {own.noise}"
     if own.level == "client" and own.mechanism != "gaussian":
         return f"canaries are for noise that is new in every round, and this run's is {own.mechanism}"
+    if own.population:
+        return f"the run stands for {own.population:,} clients and adds less noise than its own epsilon needs"
     return "" if _usual(config) else "the model is too small for canaries"
 
 
@@ -105,7 +108,8 @@ def _repeated(config: RunConfig, folder: RunFolder, canaries: int, progress: Pro
     try:
         with progress("canaries: round", config.rounds) as done:
             again = simulate(
-                config.with_(**changes),
+                # A preset's settings of its baselines have nothing to do without them.
+                without_idle(config.with_(**changes)),
                 on_start=lambda path, *_: begun.append(path),
                 on_round=lambda row: done(row["round"]),
             )

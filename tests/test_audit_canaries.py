@@ -206,6 +206,7 @@ def test_a_run_that_was_interrupted_has_seen_the_same_canaries(smoke: Callable[.
     [
         ({}, "privacy.level=none has none"),
         ({**PRIVATE, "privacy__noise": "local"}, "noise that a server adds"),
+        ({**PRIVATE, "privacy__population": 100}, "that is less than epsilon needs"),
         ({**PRIVATE, "audit__canaries": 600}, "more than a model of 1,025 parameters has room for; set 512 or fewer"),
     ],
 )
@@ -237,6 +238,16 @@ def test_a_run_without_canaries_is_repeated_with_them_and_stays_as_it_was(smoke:
         audit_canaries(Run.open(again), RunFolder.open(again), 10, quiet)
     assert "This run carries 512 canaries" in write_report(again).read_text()
     assert load(again).config["audit.canaries"] == 512
+
+
+def test_what_a_preset_says_of_baselines_is_no_obstacle(smoke: Callable[..., Any]) -> None:
+    run = simulate(smoke(**PRIVATE, rounds=1, baselines=True, baseline__epochs=1))
+    assert audit_canaries(run, RunFolder.open(run.path), 100, quiet)["canaries"] == 100
+
+
+def test_a_run_that_stands_for_more_clients_is_not_called_a_liar(smoke: Callable[..., Any]) -> None:
+    run = simulate(smoke(**PRIVATE, rounds=1, privacy__population=100))
+    assert "stands for 100 clients" in audit_canaries(run, RunFolder.open(run.path), None, quiet)["skipped"]
 
 
 def test_a_run_without_noise_has_nothing_to_prove(smoke: Callable[..., Any]) -> None:
