@@ -50,6 +50,7 @@ def _made(
         ServerSide(
             config=config, fresh_model=lambda seed: _Powers(models.shape[1], power), initial=travelling(model),
             loss=loss, data=data, devices=None, sizes=np.full(len(models), 10), client_of=lambda node: node,
+            sends=["w"],
         )
     )  # fmt: skip
     chosen.current = {"w": np.zeros(models.shape[1], np.float32)}
