@@ -77,6 +77,13 @@ def test_or_counts_as_far_as_it_came(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(7)
 
 
+@pytest.mark.parametrize("steps", ["local_epochs", "local_steps"])
+def test_fednova_weighs_the_steps_that_were_taken_and_not_those_asked_for(steps: str, two: Callable[..., Run]) -> None:
+    # Client 1 does two of its four steps: d = 1.28 / 2. Client 0 stays at its optimum; tau_eff is (4 + 2) / 2.
+    run = two("fednova", rounds=1, **{steps: 4, "devices.deadline-seconds": 7.0, "faults.late": "partial"})
+    assert _weight(run) == pytest.approx(3 * 0.64 / 2, abs=1e-6)
+
+
 def test_over_selection_takes_the_first_to_answer(two: Callable[..., Run]) -> None:
     run = two(sampled=1, **{"sampling.over-selection": 2.0})
     assert [row["sampled"] for row in _rows(run)] == [2, 2]
