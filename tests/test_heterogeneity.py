@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from core.config import RunConfig
 from core.training import local_sgd
 from simulations.run import Run
+from strategies.agnostic import project
 from strategies.moon import _features
 
 Lines = Callable[..., float]
@@ -210,6 +212,22 @@ def test_two_rounds_of_agnostic_learning_by_hand(lines: Lines) -> None:
     assert lines("agnostic", rounds=2, local_epochs=1, **options) == pytest.approx(w, abs=1e-6)
 
 
+def test_four_rounds_of_agnostic_learning_by_hand_where_two_of_three_take_part(smoke: Smoke) -> None:
+    """Lambda begins with the examples' shares; those who did not answer are stood in for by those who did."""
+    best, mixture, w = np.array([0.0, 2.0, 4.0]), np.array([0.2, 0.2, 0.6]), 0.0
+    options = {"strategy-options.lambda-learning-rate": 0.05}
+    data = "1,0,1;1,2,1;1,4,3"
+    run = run_lines(smoke, "agnostic", data, rounds=4, local_epochs=1, batch_size=3, sampled=2, **options)
+    for chosen in _who(run):
+        assert len(chosen) == 2
+        ends = w - 0.1 * (w - best[chosen])
+        losses = np.zeros(3)
+        losses[chosen] = (w - best[chosen]) ** 2 / 2
+        w = float(np.average(ends, weights=mixture[chosen]))
+        mixture = project(mixture + 0.05 * 3 / 2 * losses)
+    assert shared(run) == pytest.approx(w, abs=1e-6)
+
+
 def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(lines: Lines) -> None:
     # w^2 / 2 = 2 (w - 2)^2 where w = 4/3: no mixture of the two has a greater least loss.
     found = lines("agnostic", rounds=200, local_epochs=1, **{"strategy-options.lambda-learning-rate": 0.05})
@@ -217,10 +235,6 @@ def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(li
 
 
 def test_the_simplex_projection_is_the_nearest_point() -> None:
-    import numpy as np
-
-    from strategies.agnostic import project
-
     assert project(np.array([0.5, 0.5])).tolist() == [0.5, 0.5]
     assert project(np.array([2.0, 0.0])).tolist() == [1.0, 0.0]
     assert project(np.array([0.8, 0.6, -1.0])) == pytest.approx([0.6, 0.4, 0.0])
