@@ -110,6 +110,20 @@ def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
 
 
+@pytest.mark.parametrize(("strategy", "buffer"), [("fedasync", 1), ("fedbuff", 3)])
+def test_lost_answers_fill_no_buffer(strategy: str, buffer: int, smoke: Smoke) -> None:
+    config = smoke(
+        strategy=strategy, clients=12, sampled=6, rounds=8, devices__kind="lognormal", faults__dropout=0.3,
+        devices__availability=0.8,
+    )  # fmt: skip
+    options = {"strategy-options.buffer-size": buffer} if strategy == "fedbuff" else {}
+    run = simulate(RunConfig.of({**config.flat(), **options}))
+    rows = _rows(run)
+    assert [row["sampled"] - row["lost"] for row in rows] == [buffer] * 8
+    assert all(row["aggregated"] for row in rows)
+    assert run.summary["answers"]["lost"] > 0
+
+
 def test_a_buffer_that_clients_at_work_cannot_fill_is_refused(two: Callable[..., Run]) -> None:
     with pytest.raises(InputError, match=r"buffer-size=3 is more than the 2 clients at work.*lower it to 2 or less"):
         two("fedbuff", **{"strategy-options.buffer-size": 3})
