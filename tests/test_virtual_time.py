@@ -110,6 +110,12 @@ def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
 
 
+def test_fedbuff_discounts_what_is_stale_and_takes_the_servers_rate(two: Callable[..., Run]) -> None:
+    # As in `test_fedasync_by_hand`: the third answer is B's update of 0.8, stale by 2.
+    options = {"strategy-options.buffer-size": 1, "strategy-options.server-learning-rate": 0.5}
+    assert _weight(two("fedbuff", rounds=3, **options)) == pytest.approx(0.5 * 3**-0.5 * 0.8, abs=1e-6)
+
+
 @pytest.mark.parametrize(("strategy", "buffer"), [("fedasync", 1), ("fedbuff", 3)])
 def test_lost_answers_fill_no_buffer(strategy: str, buffer: int, smoke: Smoke) -> None:
     config = smoke(
