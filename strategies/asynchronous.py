@@ -10,8 +10,8 @@ answer waits in a buffer, or was lost, rests until the server has stepped.
   - x at its start)).
 
 Who finishes when is known beforehand, so a client is only trained when its answer is due; those that began with the
-same model train as one cohort. A round, in what a run records, is one step of the server. Running statistics are
-treated as parameters.
+same model train as one cohort. A round, in what a run records, is one step of the server. Running statistics move
+towards those that came, as far as weights do but for eta_g.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from core.config import RunConfig
 from core.devices import Devices
 from core.errors import InputError
 from server.app import train
-from server.build import check
+from server.build import build_strategy, check
 from server.recorder import RunFolder
 from simulations.run import Run, engine, resume, simulate
 
@@ -114,6 +114,18 @@ def test_fedbuff_discounts_what_is_stale_and_takes_the_servers_rate(two: Callabl
     # As in `test_fedasync_by_hand`: the third answer is B's update of 0.8, stale by 2.
     options = {"strategy-options.buffer-size": 1, "strategy-options.server-learning-rate": 0.5}
     assert _weight(two("fedbuff", rounds=3, **options)) == pytest.approx(0.5 * 3**-0.5 * 0.8, abs=1e-6)
+
+
+def test_fedbuffs_statistics_move_towards_those_that_came() -> None:
+    options = {"strategy-options.server-learning-rate": 0.5, "devices.kind": "lognormal", "clients": 4}
+    server: Any = build_strategy(RunConfig.of({"strategy": "fedbuff", **options}))
+    server.names = ["w"]
+    model, came, began = (
+        {"w": np.array([w]), "var": np.array([var])} for w, var in ((1.0, 1.0), (3.0, 2.0), (2.0, 5.0))
+    )
+    # Stale by 3 it counts half. Added to 1, the stale difference of -3 would leave a variance below 0.
+    found = server.step(model, [(3, came, began)])
+    assert found == {"w": [1 + 0.5 * 0.5 * (3 - 2)], "var": [1 + 0.5 * (2 - 1)]}
 
 
 @pytest.mark.parametrize(("strategy", "buffer"), [("fedasync", 1), ("fedbuff", 3)])
