@@ -12,13 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 from test_personalisation import _line, _round
+from torch import nn
 
 from client.attacks import Attack
 from core.adversary import malicious, poisoned, triggered
 from core.config import RunConfig
+from core.data import Split
 from core.errors import InputError
 from core.training import LocalRound, LocalUpdate
-from server.malice import warnings
+from server.malice import backdoor_success, warnings
 from simulations.progress import Progress
 from simulations.run import Run, simulate
 
@@ -199,6 +201,23 @@ def test_an_attack_does_not_depend_on_cohorts(kind: str, smoke: Smoke) -> None:
     one, other = (_run(smoke, kind, "fedmedian", engine__cohort_size=size, rounds=2) for size in (2, 10))
     for a, b in zip(one.model().parameters(), other.model().parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_backdoors_success_is_counted_on_examples_of_other_labels() -> None:
+    class Line(nn.Module):
+        def __init__(self, *weights: float) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.tensor(weights))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weights
+
+    # Three of four carry the label 1 by their first feature; the trigger is in the last three of four.
+    x = np.array([[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [-1, 0, 0, 0]], np.float32)
+    central, config = Split(x, np.array([1, 1, 1, 0])), _config("backdoor", **{"attack.target": 1})
+    assert backdoor_success(config, Line(1.0, 0.0, 0.0, 0.0), central, 0.5) == 0
+    assert backdoor_success(config, Line(1.0, 0.0, 0.0, 1.0), central, 0.5) == 1
+    assert backdoor_success(_config("zero"), Line(1.0, 0.0, 0.0, 1.0), central, 0.5) is None
 
 
 def test_a_target_that_the_task_does_not_have_is_refused(smoke: Smoke) -> None:

@@ -58,6 +58,9 @@ def test_a_round_takes_as_long_as_its_slowest_client(two: Callable[..., Run]) ->
     assert run.summary["virtual_seconds"] == pytest.approx(12, abs=1e-3)
     assert [row["virtual_round_seconds"] for row in _rows(run)] == pytest.approx([6, 6], abs=1e-3)
     assert [row["virtual_seconds"] for row in _rows(run)] == pytest.approx([6, 12], abs=1e-3)
+    # It does not wait for a deadline that everybody keeps.
+    kept = two(local_epochs=2, **{"devices.deadline-seconds": 100.0})
+    assert kept.summary["virtual_seconds"] == pytest.approx(12, abs=1e-3)
 
 
 def test_what_is_not_there_at_the_deadline_is_lost(two: Callable[..., Run]) -> None:
@@ -90,6 +93,21 @@ def test_over_selection_takes_the_first_to_answer(two: Callable[..., Run]) -> No
     assert run.summary["answers"]["lost"] == 2
     assert run.summary["virtual_seconds"] == pytest.approx(2, abs=1e-3)
     assert _weight(run) == 0
+
+
+def test_the_first_to_answer_are_among_those_who_can(smoke: Smoke) -> None:
+    config = smoke(
+        clients=12, sampled=3, rounds=8, devices__kind="lognormal", devices__availability=0.6,
+        sampling__over_selection=2.0,
+    )  # fmt: skip
+    answered, reachable = [], []
+    for row in _rows(simulate(config)):
+        assert row["sampled"] == 6
+        away = sum("cannot be reached" in failure["reason"] for failure in row["failures"])
+        answered.append(row["sampled"] - row["lost"])
+        reachable.append(6 - away)
+    assert answered == [min(3, count) for count in reachable]
+    assert min(reachable) < 6
 
 
 def test_fedasync_by_hand(two: Callable[..., Run]) -> None:
