@@ -35,17 +35,20 @@ def test_every_strategy_aggregates_a_batch_normalised_network(strategy: str, smo
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
-def test_statistics_are_weighted_alike_where_cohorts_answer_and_where_every_client_does(
+FAST = ("fedavg", "scaffold", "fedbn")
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in sorted(STRATEGIES)]
+)
+def test_weights_and_statistics_are_the_same_where_cohorts_answer_and_where_every_client_does(
     strategy: str, smoke: Callable[..., RunConfig]
 ) -> None:
-    config = smoke(
-        task="foreign_plugins:NormalisedMedical", strategy=strategy, engine__cohort_size=1, rounds=2,
-        partition__kind="quantity",
-    )  # fmt: skip
+    settings = {"clients": 6, "sampled": 4, "rounds": 3, "partition__kind": "quantity", "engine__cohort_size": 1}
+    config = with_needs(smoke(task="foreign_plugins:NormalisedMedical", strategy=strategy, **settings))
     with engine(config, check(config)) as grid:
         vars(elsewhere := Elsewhere.__new__(Elsewhere)).update(vars(grid))
         train(elsewhere, config, folder := RunFolder.create(config))
     alone, together = (load_file(path / "model.safetensors") for path in (folder.path, simulate(config).path))
     for name, tensor in together.items():
-        assert torch.allclose(alone[name], tensor, rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(alone[name], tensor, rtol=1e-4, atol=1e-5), name
