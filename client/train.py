@@ -87,9 +87,11 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
     keep = sorted(sound)
     note_batches(setting.config, [own[i] for i in keep], r.batches.steps[keep].tolist())
-    if update.state:
-        state = {kind: {name: t[keep] for name, t in kept.items()} for kind, kept in update.state.items()}
-        bundle.write_state([own[i] for i in keep], state)
+    state = update.state
+    if state and len(keep) < len(clients):
+        # Choosing copies every state: not where all are chosen.
+        state = {kind: {name: t[keep] for name, t in kept.items()} for kind, kept in state.items()}
+    bundle.write_state([own[i] for i in keep], state)
     return [([at[i] for i in positions], answer) for positions, answer in answers] + absent
 
 

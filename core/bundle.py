@@ -52,7 +52,8 @@ def read_state(contexts: Sequence[Context], initial: Kinds) -> dict[str, Tensors
     rows = {kind: _flat({name: t.unsqueeze(0) for name, t in own.items()})[0] for kind, own in initial.items()}
     if not initial:
         return {}
-    kept: list[Mapping[str, Any]] = [context.state.config_records.get(CLIENT_STATE, {}) for context in contexts]
+    # Not `state.config_records`, which makes a dictionary of its own for every client.
+    kept: list[Mapping[str, Any]] = [context.state.get(CLIENT_STATE, {}) for context in contexts]
     out: dict[str, Tensors] = {}
     for kind, own in initial.items():
         of_each = [np.frombuffer(record[kind], np.float32) if kind in record else rows[kind] for record in kept]

@@ -140,8 +140,11 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
             "choose privacy.noise=local, or a strategy of weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
         )
-    if config.strategy == "fednova" and not config.local_steps:
-        yield "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all."
+    if config.strategy == "fednova" and (not config.local_steps or config.faults.late == "partial"):
+        yield (
+            "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all, "
+            "and faults.late=lost."
+        )
     everybody = config.count(config.sampled) == config.clients
     wanted = "cyclic" if own.mechanism == "banded" else "poisson"
     if sampling.kind != wanted and not (everybody and own.mechanism == "gaussian"):

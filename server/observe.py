@@ -232,4 +232,6 @@ class ObservedGrid(Grid):
             [arrays] = content.array_records.values()
             # A personal layer's statistics stay where they are.
             means = {name: records.to_numpy(arrays[name]) for name in self.running if name in arrays}
-            self._observed.running.add(means, float(metrics[records.NUM_EXAMPLES]))
+            # Weighted as the model is: where one answer stands for many, their mean was made so.
+            weight = metrics.get(records.WEIGHT, metrics[records.NUM_EXAMPLES])
+            self._observed.running.add(means, float(weight))

@@ -19,9 +19,10 @@ from reports.variants import HOW, STRATEGY, details, failures, personal, table
 from reports.words import plural
 from server.malice import warnings
 from simulations.run import Run, check_run, preset, quiet, simulate
+from simulations.search_space import PLAIN
 
 # Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
-COMMA_IS_TEXT = ("dataset", "data-dir", "processors", "devices.trace", "out", "seed", "seeds")
+COMMA_IS_TEXT = (*PLAIN, "seed", "seeds")
 
 
 def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:

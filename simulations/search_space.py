@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 OPTION = "strategy-options."
-# These may hold dots and commas.
-PLAIN = ("preset", "out", "data-dir", "engine.address")
+# Dots and commas of these are part of one value.
+PLAIN = ("preset", "out", "data-dir", "dataset", "processors", "devices.trace", "engine.address")
 # A range over this factor or more is searched by orders of magnitude.
 LOG_FROM_RATIO = 10
 INSIDE = 0.382

@@ -2,7 +2,7 @@
 
 As many clients as a round samples are always at work. One that finishes is replaced at once by another, which begins
 with the global model of that moment; when its answer comes, the model has moved on by its staleness t. A client whose
-answer waits in a buffer rests until the server has stepped.
+answer waits in a buffer, or was lost, rests until the server has stepped.
 
 - FedAsync (Xie, Koyejo and Gupta, 2019, algorithm 1): x <- (1 - a_t) x + a_t x_k after every answer, with a_t = mixing
   (1 + t)^-staleness_exponent (polynomial).
@@ -10,8 +10,8 @@ answer waits in a buffer rests until the server has stepped.
   - x at its start)).
 
 Who finishes when is known beforehand, so a client is only trained when its answer is due; those that began with the
-same model train as one cohort. A round, in what a run records, is one step of the server. Running statistics are
-treated as parameters.
+same model train as one cohort. A round, in what a run records, is one step of the server. Running statistics move
+towards those that came, as far as weights do but for eta_g.
 """
 
 from __future__ import annotations
@@ -74,21 +74,22 @@ class _WithoutRounds(strategy.FedAvg):
         version = server_round - 1
         self.versions[version] = arrays
         nodes = list(grid.get_node_ids())
-        self.due = {}
+        contents: dict[int, RecordDict] = {}
+        self.due, answers = {}, 0
         self._launch(version, self.min_train_nodes - len(self.flying), nodes)
-        while len(self.due) < self.buffer_size:
+        # Lost answers fill no buffer. Where everybody has answered or is lost, the step takes what came.
+        while answers < self.buffer_size and self.flying:
             first = min(self.flying)
             self.flying.remove(first)
-            self.virtual_seconds = first[0]
-            self.due[int(first[1])] = int(first[2])
+            self.virtual_seconds, node, began = first[0], int(first[1]), int(first[2])
+            self.due[node] = began
+            if began not in contents:
+                contents[began] = RecordDict({
+                    self.arrayrecord_key: self.versions[began],
+                    self.configrecord_key: ConfigRecord({**config, records.SERVER_ROUND: began + 1}),
+                })  # fmt: skip
+            answers += self._comes(node, contents[began])
             self._launch(version, 1, nodes)
-        contents = {
-            began: RecordDict({
-                self.arrayrecord_key: self.versions[began],
-                self.configrecord_key: ConfigRecord({**config, records.SERVER_ROUND: began + 1}),
-            })
-            for began in sorted(set(self.due.values()))
-        }  # fmt: skip
         return [Message(contents[began], node, MessageType.TRAIN) for node, began in self.due.items()]
 
     def aggregate_train(
@@ -123,6 +124,10 @@ class _WithoutRounds(strategy.FedAvg):
         origin = self.versions[began]
         trained = {name: to_numpy(array) for name, array in arrays.items()}
         return version - began, trained, {name: to_numpy(array) for name, array in origin.items()}
+
+    def _comes(self, node: int, content: RecordDict) -> bool:
+        """Return whether the client's answer to a message is not lost, as it will find itself."""
+        return bool(self.server.work(np.array([self.server.client_of(node)]), content).steps[0])
 
     def _launch(self, version: int, count: int, nodes: list[int]) -> None:
         """Let `count` idle clients begin with the current model."""

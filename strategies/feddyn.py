@@ -62,9 +62,11 @@ class FedDyn(Uniform):
     def local_update(r: LocalRound) -> LocalUpdate:
         """Return w_k and keep the new g_k."""
         alpha, own, origin = r.options["alpha"], r.state[GRADIENT], r.global_params
+        # -g_k + alpha (w - w_t), of which all but alpha w stays for the round: one pass over the weights a step.
+        fixed = {name: torch.add(g, origin[name], alpha=alpha).neg_() for name, g in own.items()}
 
         def correction(w: Tensors) -> Tensors:
-            return {name: torch.add(-own[name], p - origin[name], alpha=alpha) for name, p in w.items()}
+            return {name: torch.add(fixed[name], p, alpha=alpha) for name, p in w.items()}
 
         update = local_sgd(r, correction=correction)
         names = {name for name, p in r.model.named_parameters() if p.requires_grad}

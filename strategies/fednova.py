@@ -38,8 +38,9 @@ class FedNova(Linear):
         self.names = trainable(server)
         config = server.config
         # Where all take as many steps nobody has to say how many: differential privacy lets no such number pass.
+        alike = config.local_steps and config.faults.late != "partial"
         steps = torch.tensor([float(config.local_steps)])
-        self.tau = float(length(steps, config.momentum)) if config.local_steps else None
+        self.tau = float(length(steps, config.momentum)) if alike else None
 
     def combine(self, mean: Vectors, beside: dict[str, Vectors], metrics: MetricRecord, weight: float) -> Vectors:
         """Return x - tau_eff sum_i p_i d_i."""

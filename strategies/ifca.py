@@ -80,7 +80,9 @@ class IFCA(strategy.FedAvg):
         examples = np.zeros(self.clusters)
         for reply in answered:
             metrics = records.metrics_of(reply.content)
-            k, weight = int(metrics[CLUSTER]), float(metrics[self.weighted_by_key])
+            # A client may say what it likes: beyond the last one it is the last one.
+            k = min(max(int(metrics[CLUSTER]), 0), self.clusters - 1)
+            weight = float(metrics[self.weighted_by_key])
             [arrays] = reply.content.array_records.values()
             means[k].add({name: to_numpy(array) for name, array in arrays.items()}, weight)
             examples[k] += weight

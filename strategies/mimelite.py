@@ -1,8 +1,9 @@
 """Mime Lite: the server's momentum, held fixed, in every local step. Karimireddy et al., NeurIPS 2021, algorithm 1.
 
 With SGD and momentum beta: y <- y - eta ((1 - beta) g_i(y) + beta m); the server takes x = mean(y_i) and
-m <- (1 - beta) mean(grad f_i(x)) + beta m, with the clients' full-batch gradients at x. Clients count the same. Running
-statistics are averaged. Uplink and downlink are twice those of FedAvg.
+m <- (1 - beta) mean(grad f_i(x)) + beta m, with the clients' full-batch gradients at x (under local-steps those of the
+round's batches). Clients count the same. Running statistics are averaged. Uplink and downlink are twice those of
+FedAvg.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class MimeLite(Uniform):
         """Refuse local optimisers other than that whose momentum the server keeps."""
         needs_plain_sgd(config, "mimelite's local steps")
         if config.weight_decay:
-            raise InputError("weight-decay acts on a tenth of mimelite's step only; set weight-decay=0.")
+            raise InputError(
+                "weight-decay acts on the part 1 - server-momentum of mimelite's step only; set weight-decay=0."
+            )
 
     def set_up(self, server: ServerSide) -> None:
         """Begin with a momentum of zero."""

@@ -45,6 +45,10 @@ class QFedAvg(strategy.QFedAvg):
                 arrays = arrays_of(reply.content)
                 own = {name: to_numpy(array) for name, array in arrays.items() if name not in names}
                 statistics.add(own, float(metrics_of(reply.content)[self.weighted_by_key]))
+                said = next(iter(reply.content.metric_records.values()))
+                if said.get(GLOBAL_LOSS, 0) < 0:  # type: ignore[operator]
+                    # F^q of less than 0 is no number, and neither would be the model.
+                    said[GLOBAL_LOSS] = 0.0
                 reply.content[ARRAYS] = ArrayRecord({name: arrays[name] for name in names})
         # Flower's class empties the record while it reads it.
         self.current_arrays = ArrayRecord({name: before[name] for name in names})

@@ -81,7 +81,7 @@ class Scaffold(Uniform):
         change, kept = {}, dict(own)
         for name in c:
             scale = steps.view(-1, *[1] * c[name].ndim)
-            change[name] = (r.global_params[name] - update.params[name]) / scale - c[name]
+            change[name] = (r.global_params[name] - update.params[name]).div_(scale).sub_(c[name])
             kept[name] = own[name] + change[name]
         ones = torch.ones_like(update.loss)
         return LocalUpdate(update.params, update.loss, {}, {CONTROL: kept}, {CONTROL: change}, ones)

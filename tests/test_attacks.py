@@ -12,13 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 from test_personalisation import _line, _round
+from torch import nn
 
 from client.attacks import Attack
 from core.adversary import malicious, poisoned, triggered
 from core.config import RunConfig
+from core.data import Split
 from core.errors import InputError
 from core.training import LocalRound, LocalUpdate
-from server.malice import warnings
+from server.malice import backdoor_success, warnings
 from simulations.progress import Progress
 from simulations.run import Run, simulate
 
@@ -88,17 +90,33 @@ def test_colluders_train_once_for_a_round_and_a_global_model() -> None:
 
     # -0.5 times a mean of 1: for the second cohort of the round nobody trains.
     assert [sent(first), sent(first), len(trained)] == [-0.5, -0.5, 1]
-    assert sent(replace(first, config={"server-round": 2})) == -1.0
+    # Each of these rounds differs from the one before in a single thing.
     moved = {name: p + 1 for name, p in first.global_params.items()}
-    assert sent(replace(first, global_params=moved)) == -0.5 * (3 - 1)
-    sent(replace(first, sent={"control": moved}))
+    assert sent(second := replace(first, global_params=moved)) == -0.5 * (2 - 1)
+    assert sent(third := replace(second, sent={"control": moved})) == -0.5 * (3 - 1)
+    assert sent(replace(third, config={"server-round": 2})) == -0.5 * (4 - 1)
     assert trained == [attack.colluders()] * 4
 
 
-def test_gaussian_noise_is_each_clients_own() -> None:
-    sent, bad = _attacked("gaussian", HONEST, strength=0.5)
+@pytest.mark.parametrize(("clients", "share", "z"), [(20, 0.2, 0.1573), (50, 0.48, 1.4261), (10, 0.5, 0.8416)])
+def test_alies_z_leaves_as_many_honest_clients_on_its_side_as_a_majority_lacks(
+    clients: int, share: float, z: float
+) -> None:
+    # Of 20 clients 4 are malicious, and 7 more make a majority of 11: 9 of the 16 honest ones are further up.
+    attack = Attack.of(_config("alie", clients, **{"attack.fraction": share}))
+    assert attack is not None
+    assert attack._z() == pytest.approx(z, abs=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_gaussian_noise_is_each_clients_own_and_as_strong_as_it_says(strength: float) -> None:
+    sent, bad = _attacked("gaussian", HONEST, strength=strength)
     assert len(set(sent[bad])) == 2
-    assert np.abs(sent[bad]).max() < 2.5
+    attack = Attack.of(_config("gaussian", 4, **{"attack.strength": strength}))
+    assert attack is not None
+    r = _round(_line(), sizes=(1, 1, 1, 1), batch_size=1, rate=0.1)
+    noise = attack._alone(torch.zeros(4, 10_000), r, "w")
+    assert float(noise.std()) == pytest.approx(strength or 0.1, rel=0.02)
 
 
 def test_the_malicious_are_a_share_of_all_and_drawn_by_the_seed() -> None:
@@ -183,6 +201,23 @@ def test_an_attack_does_not_depend_on_cohorts(kind: str, smoke: Smoke) -> None:
     one, other = (_run(smoke, kind, "fedmedian", engine__cohort_size=size, rounds=2) for size in (2, 10))
     for a, b in zip(one.model().parameters(), other.model().parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_backdoors_success_is_counted_on_examples_of_other_labels() -> None:
+    class Line(nn.Module):
+        def __init__(self, *weights: float) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.tensor(weights))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weights
+
+    # Three of four carry the label 1 by their first feature; the trigger is in the last three of four.
+    x = np.array([[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [-1, 0, 0, 0]], np.float32)
+    central, config = Split(x, np.array([1, 1, 1, 0])), _config("backdoor", **{"attack.target": 1})
+    assert backdoor_success(config, Line(1.0, 0.0, 0.0, 0.0), central, 0.5) == 0
+    assert backdoor_success(config, Line(1.0, 0.0, 0.0, 1.0), central, 0.5) == 1
+    assert backdoor_success(_config("zero"), Line(1.0, 0.0, 0.0, 1.0), central, 0.5) is None
 
 
 def test_a_target_that_the_task_does_not_have_is_refused(smoke: Smoke) -> None:

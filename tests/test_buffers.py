@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shelf import with_needs
+from test_selection import Elsewhere
 
 from core.config import RunConfig
-from simulations.run import simulate
+from server.app import train
+from server.build import check
+from server.recorder import RunFolder
+from simulations.run import engine, simulate
 from strategies import STRATEGIES
 
 
@@ -29,3 +33,22 @@ def test_every_strategy_aggregates_a_batch_normalised_network(strategy: str, smo
     # FedBN keeps statistics on its clients, and the global model those it began with.
     assert moved == (strategy != "fedbn")
     assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+FAST = ("fedavg", "scaffold", "fedbn")
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in sorted(STRATEGIES)]
+)
+def test_weights_and_statistics_are_the_same_where_cohorts_answer_and_where_every_client_does(
+    strategy: str, smoke: Callable[..., RunConfig]
+) -> None:
+    settings = {"clients": 6, "sampled": 4, "rounds": 3, "partition__kind": "quantity", "engine__cohort_size": 1}
+    config = with_needs(smoke(task="foreign_plugins:NormalisedMedical", strategy=strategy, **settings))
+    with engine(config, check(config)) as grid:
+        vars(elsewhere := Elsewhere.__new__(Elsewhere)).update(vars(grid))
+        train(elsewhere, config, folder := RunFolder.create(config))
+    alone, together = (load_file(path / "model.safetensors") for path in (folder.path, simulate(config).path))
+    for name, tensor in together.items():
+        assert torch.allclose(alone[name], tensor, rtol=1e-4, atol=1e-5), name

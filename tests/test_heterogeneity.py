@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from core.config import RunConfig
 from core.training import local_sgd
 from simulations.run import Run
+from strategies.agnostic import project
 from strategies.moon import _features
 
 Lines = Callable[..., float]
@@ -59,21 +61,22 @@ def _who(run: Run) -> list[list[int]]:
     return [sorted(own["client"]) for _, own in rows.groupby("round")]
 
 
-@pytest.mark.parametrize("sampled", [2, 1])
-def test_four_rounds_of_scaffold_by_hand(sampled: int, smoke: Smoke) -> None:
+@pytest.mark.parametrize(("sampled", "eta"), [(2, 1.0), (1, 1.0), (1, 0.5)])
+def test_four_rounds_of_scaffold_by_hand(sampled: int, eta: float, smoke: Smoke) -> None:
     def local(w: float, a: float, at: float, drift: float) -> float:
         for _ in range(2):
             w -= 0.1 * (a * (w - at) + drift)
         return w
 
-    run = run_lines(smoke, "scaffold", rounds=4, local_epochs=2, sampled=sampled)
+    options = {"strategy-options.server-learning-rate": eta}
+    run = run_lines(smoke, "scaffold", rounds=4, local_epochs=2, sampled=sampled, **options)
     w, c, own = 0.0, 0.0, [0.0, 0.0]
     for chosen in _who(run):
         assert len(chosen) == sampled
         ends = {k: local(w, *CLIENTS[k], c - own[k]) for k in chosen}
         new = {k: own[k] - c + (w - ends[k]) / (2 * 0.1) for k in chosen}
         c += sum(new[k] - own[k] for k in chosen) / 2
-        w = sum(ends.values()) / sampled
+        w += eta * (sum(ends.values()) / sampled - w)
         own = [new.get(k, own[k]) for k in range(2)]
     assert shared(run) == pytest.approx(w, abs=1e-6)
 
@@ -97,6 +100,24 @@ def test_four_rounds_of_feddyn_by_hand(sampled: int, smoke: Smoke) -> None:
     assert shared(run) == pytest.approx(w, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "wanted"),
+    [
+        # One step each: A stays at 0, B comes to 0.2 and has three of four examples.
+        ("fedavg", 0.15),
+        ("scaffold", 0.1),
+        # h is -0.5 * 0.2 / 2.
+        ("feddyn", 0.1 + 0.05 / 0.5),
+        # A tenth of a step.
+        ("mimelite", 0.01),
+    ],
+)
+def test_where_clients_count_the_same_examples_do_not_weigh(strategy: str, wanted: float, lines: Lines) -> None:
+    options = {"strategy-options.alpha": 0.5} if strategy == "feddyn" else {}
+    found = lines(strategy, "1,0,1;1,2,3", batch_size=3, local_epochs=1, rounds=1, **options)
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
 def test_fednova_takes_the_pull_of_unequal_numbers_of_steps_out(lines: Lines) -> None:
     # Both have curvature 1; A has 2 examples and takes 2 steps, B 8 and 8: the optimum is 0.2 * 0 + 0.8 * 2.
     unequal, settings = "1,0,2;1,2,8", {"local_epochs": 1, "learning_rate": 0.01, "rounds": 120}
@@ -108,10 +129,12 @@ def test_fednova_takes_the_pull_of_unequal_numbers_of_steps_out(lines: Lines) ->
 
 
 def test_fednova_divides_by_what_steps_with_momentum_add_up_to(lines: Lines) -> None:
-    # One step each: ||a|| is 1 whatever the momentum, and FedNova is FedAvg. Two: a = (1 + rho, 1), with rho = 0.5.
-    assert lines("fednova", momentum=0.5, local_epochs=1, rounds=1) == pytest.approx(0.4, abs=1e-6)
-    # B: velocity -8, w = 0.8; gradient 4 (0.8 - 2) = -4.8, velocity -8.8, w = 1.68. A stays at 0. tau_eff = 2.5.
-    assert lines("fednova", momentum=0.5, local_epochs=2, rounds=1) == pytest.approx(2.5 * (1.68 / 2.5) / 2, abs=1e-6)
+    # Two steps each: FedNova is FedAvg. B: velocity -8, w = 0.8; gradient -4.8, velocity -8.8, w = 1.68. A stays at 0.
+    assert lines("fednova", momentum=0.5, local_epochs=2, rounds=1) == pytest.approx(1.68 / 2, abs=1e-6)
+    # A takes one step, ||a|| = 1, and B two, a = (1 + 0.5, 1): velocity -2, w = 0.2; velocity -2.8, w = 0.48.
+    # d = 0.48 / 2.5, and tau_eff = 1/3 * 1 + 2/3 * 2.5 = 2.
+    found = lines("fednova", "1,0,1;1,2,2", momentum=0.5, local_epochs=1, rounds=1)
+    assert found == pytest.approx(2 * 2 / 3 * 0.48 / 2.5, abs=1e-6)
 
 
 def test_fedprox_stays_nearer_to_the_global_model(lines: Lines) -> None:
@@ -189,6 +212,22 @@ def test_two_rounds_of_agnostic_learning_by_hand(lines: Lines) -> None:
     assert lines("agnostic", rounds=2, local_epochs=1, **options) == pytest.approx(w, abs=1e-6)
 
 
+def test_four_rounds_of_agnostic_learning_by_hand_where_two_of_three_take_part(smoke: Smoke) -> None:
+    """Lambda begins with the examples' shares; those who did not answer are stood in for by those who did."""
+    best, mixture, w = np.array([0.0, 2.0, 4.0]), np.array([0.2, 0.2, 0.6]), 0.0
+    options = {"strategy-options.lambda-learning-rate": 0.05}
+    data = "1,0,1;1,2,1;1,4,3"
+    run = run_lines(smoke, "agnostic", data, rounds=4, local_epochs=1, batch_size=3, sampled=2, **options)
+    for chosen in _who(run):
+        assert len(chosen) == 2
+        ends = w - 0.1 * (w - best[chosen])
+        losses = np.zeros(3)
+        losses[chosen] = (w - best[chosen]) ** 2 / 2
+        w = float(np.average(ends, weights=mixture[chosen]))
+        mixture = project(mixture + 0.05 * 3 / 2 * losses)
+    assert shared(run) == pytest.approx(w, abs=1e-6)
+
+
 def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(lines: Lines) -> None:
     # w^2 / 2 = 2 (w - 2)^2 where w = 4/3: no mixture of the two has a greater least loss.
     found = lines("agnostic", rounds=200, local_epochs=1, **{"strategy-options.lambda-learning-rate": 0.05})
@@ -196,10 +235,6 @@ def test_agnostic_learning_finds_the_model_that_is_best_for_the_worst_mixture(li
 
 
 def test_the_simplex_projection_is_the_nearest_point() -> None:
-    import numpy as np
-
-    from strategies.agnostic import project
-
     assert project(np.array([0.5, 0.5])).tolist() == [0.5, 0.5]
     assert project(np.array([2.0, 0.0])).tolist() == [1.0, 0.0]
     assert project(np.array([0.8, 0.6, -1.0])) == pytest.approx([0.6, 0.4, 0.0])

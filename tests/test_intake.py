@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from core.config import RunConfig
 from core.records import CLIENTS, ENCODED, to_arrays, to_numpy
+from server.build import build_strategy
 from server.intake import refuse_odd, take_in
 
 SENT = to_arrays({"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)})
@@ -83,3 +84,23 @@ def test_an_answer_without_a_tensor_that_the_others_have_is_refused() -> None:
     refuse_odd(replies)
     assert [reply.has_error() for reply in replies] == [False, True, False]
     assert "differs from the others' in b" in str(replies[1].error.reason)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "metrics"),
+    [
+        ("ifca", {"cluster": 7.0}), ("ifca", {"cluster": -9.0}), ("qfedavg", {"global-loss": -1.0}),
+        ("agnostic", {"global-loss": 1e20}),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_honest_client_says_do_not_break_the_server(strategy: str, metrics: dict[str, float]) -> None:
+    server: Any = build_strategy(RunConfig.of({"strategy": strategy, "clients": 3}))
+    own = {name: to_numpy(array) for name, array in SENT.items()}
+    if strategy == "ifca":
+        server.models = [own, own]
+    server.current_arrays, server.mixture = SENT, np.full(3, 1 / 3)
+    usual = {"num-examples": 5, "cluster": 0.0, "global-loss": 0.5}
+    replies = [_reply(metrics={**usual, **said}, rows={"client": [k]}) for k, said in enumerate(({}, {}, metrics))]
+    arrays, _ = server.aggregate_train(1, replies)
+    assert all(np.isfinite(to_numpy(array)).all() for array in arrays.values())
+    assert server.mixture.sum() == pytest.approx(1)

@@ -142,9 +142,12 @@ def _line() -> nn.Module:
 def test_a_step_of_apfl_by_hand(vectorised: bool) -> None:
     r = _round(_line(), sizes=(4,), batch_size=4, rate=0.1)
     half, r = _half("apfl", replace(r, vectorised=vectorised), mixture=0.25)
-    update = half.local_update(r)
+    # v is not w: else alpha's gradient is 0 whatever it is.
+    own = {name: t + 1 for name, t in r.state[OWN].items()}
+    update = half.local_update(replace(r, state={**r.state, OWN: own}))
     x, y = r.x[r.batches.rows[0, 0]], r.y[r.batches.rows[0, 0]]
-    w, v = ({n: t.clone().requires_grad_() for n, t in r.global_params.items()} for _ in range(2))
+    w, v = ({n: t.clone().requires_grad_() for n, t in start.items()}
+            for start in (r.global_params, {name: t[0] for name, t in own.items()}))  # fmt: skip
     alpha = torch.tensor(0.25, requires_grad=True)
     r.loss(torch.func.functional_call(r.model, w, (x,)), y).mean().backward()
     mixed = {name: alpha * v[name] + (1 - alpha) * w[name].detach() for name in v}
@@ -152,7 +155,20 @@ def test_a_step_of_apfl_by_hand(vectorised: bool) -> None:
     for name in w:
         assert update.params[name][0] == pytest.approx((w[name] - 0.1 * w[name].grad).detach(), abs=1e-6)
         assert update.state[OWN][name][0] == pytest.approx((v[name] - 0.1 * v[name].grad).detach(), abs=1e-6)
+    assert abs(float(alpha.grad)) > 0.1
     assert update.state[MIXTURE][ALPHA][0] == pytest.approx(float((alpha - 0.1 * alpha.grad).detach()), abs=1e-6)
+
+
+@pytest.mark.parametrize(("mixture", "step"), [(1.0, -0.1), (0.0, 0.1)])
+def test_apfls_mixture_stays_between_0_and_1(mixture: float, step: float) -> None:
+    """Where v is better than w alpha would grow beyond 1, where it is worse fall below 0."""
+    r = _round(_line(), sizes=(4,), batch_size=4, rate=10.0)
+    half, r = _half("apfl", r, mixture=mixture)
+    w = {n: t.clone().requires_grad_() for n, t in r.global_params.items()}
+    r.loss(torch.func.functional_call(r.model, w, (r.x,)), r.y).mean().backward()
+    own = {name: (p + step * p.grad).detach().unsqueeze(0) for name, p in w.items()}
+    update = half.local_update(replace(r, state={**r.state, OWN: own}))
+    assert float(update.state[MIXTURE][ALPHA][0]) == mixture
 
 
 @pytest.mark.parametrize("first_order", [True, False])

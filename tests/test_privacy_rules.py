@@ -64,6 +64,10 @@ class Centred(nn.Module):
         ({**CLIENT, "privacy__delta": 0.5}, "privacy.delta=0.5 with 4 clients allows to publish one of them whole"),
         ({**CLIENT, "standardise": "federated"}, "sums over all clients' examples, which epsilon does not cover"),
         ({**CLIENT, "strategy": "fednova"}, "set local-steps"),
+        (
+            {**CLIENT, "strategy": "fednova", "local_steps": 2, "faults__stragglers": 0.5, "faults__late": "partial"},
+            "how many steps each client took.*faults.late=lost",
+        ),
         ({**CLIENT, "task": "test_privacy_rules:Normalised"}, r"running statistics \(1.running_mean\).*GroupNorm"),
         ({**CLIENT, "privacy__noise_multiplier": 0.3, "privacy__epsilon": 1.0}, "in one round, more than the budget"),
         ({**EXAMPLE, "server_examples": 0}, "sums over all clients' examples.*standardise=server.*=uncovered"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,26 @@ from strategies.median import median
 Smoke = Callable[..., RunConfig]
 
 
-def _rule(name: str, updates: np.ndarray, current: np.ndarray | float = 0.0, **options: Any) -> tuple[Any, np.ndarray]:
-    """Return the strategy and the model it makes of `current` and clients with updates (n, d) of ten examples each."""
+def _rule(
+    name: str, updates: np.ndarray, current: np.ndarray | float = 0.0, examples: Sequence[int] = (), **options: Any
+) -> tuple[Any, np.ndarray]:
+    """Return the strategy and the model it makes of `current` and clients with updates (n, d), of ten examples each."""
     flat = {f"strategy-options.{key.replace('_', '-')}": value for key, value in options.items()}
     rule: Any = build_strategy(RunConfig.of({"strategy": name, "clients": len(updates), **flat}))
     origin = np.broadcast_to(np.float32(current), updates.shape[1:]).astype(np.float32)
     rule.current = {"w": origin}
-    arrays, _ = rule.aggregate_train(1, [_reply(k, origin + u) for k, u in enumerate(updates)])
+    own = examples or [10] * len(updates)
+    arrays, _ = rule.aggregate_train(1, [_reply(k, origin + u, own[k]) for k, u in enumerate(updates)])
     return rule, to_numpy(arrays["w"])
 
 
-def _reply(client: int, weights: np.ndarray) -> Message:
+def _reply(client: int, weights: np.ndarray, examples: int = 10) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     content = RecordDict(
         {
             "arrays": to_arrays({"w": weights.astype(np.float32)}),
-            "metrics": MetricRecord({"num-examples": 10, "train-loss": 0.5}),
-            CLIENTS: ConfigRecord({"client": [client], "num-examples": [10]}),
+            "metrics": MetricRecord({"num-examples": examples, "train-loss": 0.5}),
+            CLIENTS: ConfigRecord({"client": [client], "num-examples": [examples]}),
         }
     )
     return Message(content, reply_to=Message(RecordDict(), client + 2, "train"))
@@ -138,6 +141,9 @@ def test_norm_clipping_by_hand() -> None:
     # Without a radius it is the median length, 1.
     _, found = _rule("normclipping", updates)
     assert found == pytest.approx([(0.6 + 0.6) / 3, (0.8 + 0.8 - 1.0) / 3], abs=1e-6)
+    # Examples weigh: 30 of 50 are the first one's.
+    _, found = _rule("normclipping", updates, examples=[30, 10, 10], radius=2.0)
+    assert found == pytest.approx([(3 * 1.2 + 0.6) / 5, (3 * 1.6 + 0.8 - 1.0) / 5], abs=1e-6)
 
 
 def test_centred_clipping_by_hand() -> None:
@@ -149,6 +155,14 @@ def test_centred_clipping_by_hand() -> None:
     rule.current = {"w": np.zeros(2, np.float32)}
     arrays, _ = rule.aggregate_train(2, [_reply(k, np.array(u)) for k, u in enumerate([(3.6, 4.4), (0.6, 0.4)])])
     assert to_numpy(arrays["w"]) == pytest.approx([0.6 + 0.3, 0.4 + 0.4], abs=1e-6)
+
+
+def test_a_bucket_weighs_as_much_as_all_its_clients() -> None:
+    # Whoever is alone in the last bucket: nothing is clipped, so that this is the mean of all three.
+    for seed in range(3):
+        random.seed(seed)
+        _, found = _rule("normclipping", np.array([[1.0], [2.0], [6.0]]), bucket_size=2, radius=100.0)
+        assert found == pytest.approx([3.0])
 
 
 def test_buckets_average_before_the_rule_sees_them() -> None:

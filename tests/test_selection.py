@@ -195,6 +195,17 @@ def test_oort_explores_a_slow_client_last_and_then_leaves_it_out(smoke: Smoke, t
     assert [3 in clients for clients in _trained(run)] == [False] * 3 + [True] + [False] * 4
 
 
+def test_oort_passes_over_a_slow_client_however_much_there_is_to_learn_from_it() -> None:
+    """T is 1 + 0.2 * 999; client 4's Util of 1 + sqrt(0.1 ln 2) times (T / 1000)^2 is 0.05, that of others 0.28."""
+    selection = Selection(
+        RunConfig.of({"clients": 5, "sampled": 1, "sampling.kind": "oort", "sampling.exploration": 0.0})
+    )
+    selection.observe(1, {"client": range(5), "num_examples": [1] * 5, "train_loss": [1, 1, 1, 1, 100]})
+    seconds, uniform = np.array([1.0, 1, 1, 1, 1000]), np.full(5, 0.5)
+    assert selection._oort(2, np.arange(5), 1, uniform, np.ones(5)).tolist() == [4]
+    assert selection._oort(2, np.arange(5), 1, uniform, seconds).tolist() != [4]
+
+
 @pytest.mark.parametrize("kind", ["power-of-choice", "oort"])
 def test_over_selection_asks_more_and_takes_the_first(kind: str, smoke: Smoke) -> None:
     run = simulate(smoke(clients=8, sampled=2, rounds=3, sampling__kind=kind, sampling__over_selection=2.0,

@@ -50,6 +50,7 @@ def _made(
         ServerSide(
             config=config, fresh_model=lambda seed: _Powers(models.shape[1], power), initial=travelling(model),
             loss=loss, data=data, devices=None, sizes=np.full(len(models), 10), client_of=lambda node: node,
+            sends=["w"],
         )
     )  # fmt: skip
     chosen.current = {"w": np.zeros(models.shape[1], np.float32)}
@@ -72,11 +73,16 @@ def test_fltrust_by_hand() -> None:
     assert _made("fltrust", models[2:], own, _half_square, **{"local-epochs": 1}) == [0, 0]
 
 
-def test_two_rounds_of_fltrust_by_hand(smoke: Smoke) -> None:
-    """Three lines of slopes 2, -2 and 4 go with, against and with the server's of slope 1, as far as it goes."""
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_two_rounds_of_fltrust_by_hand(decay: float, smoke: Smoke) -> None:
+    """Three lines of slopes 2, -2 and 4 go with, against and with the server's of slope 1, as far as it goes.
+
+    The server's rate falls as the clients' does.
+    """
     settings = {"clients": 3, "rounds": 2, "local_epochs": 1, "server_examples": 1}
-    run = run_lines(smoke, "fltrust", "1,2,1;-1,2,1;1,4,1;1,1,1", **settings)
-    assert shared(run) == pytest.approx(0.1 + 0.1 * (1 - 0.1), abs=1e-6)
+    schedule = {"learning_rate_schedule": "exponential", "learning_rate_decay": decay} if decay < 1 else {}
+    run = run_lines(smoke, "fltrust", "1,2,1;-1,2,1;1,4,1;1,1,1", **settings, **schedule)
+    assert shared(run) == pytest.approx(0.1 + decay * 0.1 * (1 - 0.1), abs=1e-6)
 
 
 @pytest.mark.parametrize(

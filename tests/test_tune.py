@@ -185,9 +185,10 @@ def test_options_are_tried_with_the_strategies_that_have_them(tmp_path: Path) ->
     ],
 )
 def test_what_is_searched_is_as_it_is_written(text: str, expected: Range | Choices) -> None:
-    space = Space.of({"x": text, "strategy": "fedavg", "data-dir": "../a,b"})
+    fixed = {"strategy": "fedavg", "data-dir": "../a,b", "dataset": "1,1", "processors": "a:b,c:d"}
+    space = Space.of({"x": text, **fixed})
     assert space.searched == {"x": expected}
-    assert space.fixed == {"strategy": "fedavg", "data-dir": "../a,b"}
+    assert space.fixed == fixed
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from core.config import RunConfig
 from core.devices import Devices
 from core.errors import InputError
 from server.app import train
-from server.build import check
+from server.build import build_strategy, check
 from server.recorder import RunFolder
 from simulations.run import Run, engine, resume, simulate
 
@@ -58,6 +58,9 @@ def test_a_round_takes_as_long_as_its_slowest_client(two: Callable[..., Run]) ->
     assert run.summary["virtual_seconds"] == pytest.approx(12, abs=1e-3)
     assert [row["virtual_round_seconds"] for row in _rows(run)] == pytest.approx([6, 6], abs=1e-3)
     assert [row["virtual_seconds"] for row in _rows(run)] == pytest.approx([6, 12], abs=1e-3)
+    # It does not wait for a deadline that everybody keeps.
+    kept = two(local_epochs=2, **{"devices.deadline-seconds": 100.0})
+    assert kept.summary["virtual_seconds"] == pytest.approx(12, abs=1e-3)
 
 
 def test_what_is_not_there_at_the_deadline_is_lost(two: Callable[..., Run]) -> None:
@@ -77,12 +80,34 @@ def test_or_counts_as_far_as_it_came(two: Callable[..., Run]) -> None:
     assert run.summary["virtual_seconds"] == pytest.approx(7)
 
 
+@pytest.mark.parametrize("steps", ["local_epochs", "local_steps"])
+def test_fednova_weighs_the_steps_that_were_taken_and_not_those_asked_for(steps: str, two: Callable[..., Run]) -> None:
+    # Client 1 does two of its four steps: d = 1.28 / 2. Client 0 stays at its optimum; tau_eff is (4 + 2) / 2.
+    run = two("fednova", rounds=1, **{steps: 4, "devices.deadline-seconds": 7.0, "faults.late": "partial"})
+    assert _weight(run) == pytest.approx(3 * 0.64 / 2, abs=1e-6)
+
+
 def test_over_selection_takes_the_first_to_answer(two: Callable[..., Run]) -> None:
     run = two(sampled=1, **{"sampling.over-selection": 2.0})
     assert [row["sampled"] for row in _rows(run)] == [2, 2]
     assert run.summary["answers"]["lost"] == 2
     assert run.summary["virtual_seconds"] == pytest.approx(2, abs=1e-3)
     assert _weight(run) == 0
+
+
+def test_the_first_to_answer_are_among_those_who_can(smoke: Smoke) -> None:
+    config = smoke(
+        clients=12, sampled=3, rounds=8, devices__kind="lognormal", devices__availability=0.6,
+        sampling__over_selection=2.0,
+    )  # fmt: skip
+    answered, reachable = [], []
+    for row in _rows(simulate(config)):
+        assert row["sampled"] == 6
+        away = sum("cannot be reached" in failure["reason"] for failure in row["failures"])
+        answered.append(row["sampled"] - row["lost"])
+        reachable.append(6 - away)
+    assert answered == [min(3, count) for count in reachable]
+    assert min(reachable) < 6
 
 
 def test_fedasync_by_hand(two: Callable[..., Run]) -> None:
@@ -101,6 +126,38 @@ def test_fedbuff_by_hand(two: Callable[..., Run]) -> None:
     run = two("fedbuff", rounds=1, **{"strategy-options.buffer-size": 2})
     assert _weight(run) == pytest.approx((0 + 0.8) / 2, abs=1e-6)
     assert run.summary["virtual_seconds"] == pytest.approx(3, abs=1e-3)
+
+
+def test_fedbuff_discounts_what_is_stale_and_takes_the_servers_rate(two: Callable[..., Run]) -> None:
+    # As in `test_fedasync_by_hand`: the third answer is B's update of 0.8, stale by 2.
+    options = {"strategy-options.buffer-size": 1, "strategy-options.server-learning-rate": 0.5}
+    assert _weight(two("fedbuff", rounds=3, **options)) == pytest.approx(0.5 * 3**-0.5 * 0.8, abs=1e-6)
+
+
+def test_fedbuffs_statistics_move_towards_those_that_came() -> None:
+    options = {"strategy-options.server-learning-rate": 0.5, "devices.kind": "lognormal", "clients": 4}
+    server: Any = build_strategy(RunConfig.of({"strategy": "fedbuff", **options}))
+    server.names = ["w"]
+    model, came, began = (
+        {"w": np.array([w]), "var": np.array([var])} for w, var in ((1.0, 1.0), (3.0, 2.0), (2.0, 5.0))
+    )
+    # Stale by 3 it counts half. Added to 1, the stale difference of -3 would leave a variance below 0.
+    found = server.step(model, [(3, came, began)])
+    assert found == {"w": [1 + 0.5 * 0.5 * (3 - 2)], "var": [1 + 0.5 * (2 - 1)]}
+
+
+@pytest.mark.parametrize(("strategy", "buffer"), [("fedasync", 1), ("fedbuff", 3)])
+def test_lost_answers_fill_no_buffer(strategy: str, buffer: int, smoke: Smoke) -> None:
+    config = smoke(
+        strategy=strategy, clients=12, sampled=6, rounds=8, devices__kind="lognormal", faults__dropout=0.3,
+        devices__availability=0.8,
+    )  # fmt: skip
+    options = {"strategy-options.buffer-size": buffer} if strategy == "fedbuff" else {}
+    run = simulate(RunConfig.of({**config.flat(), **options}))
+    rows = _rows(run)
+    assert [row["sampled"] - row["lost"] for row in rows] == [buffer] * 8
+    assert all(row["aggregated"] for row in rows)
+    assert run.summary["answers"]["lost"] > 0
 
 
 def test_a_buffer_that_clients_at_work_cannot_fill_is_refused(two: Callable[..., Run]) -> None:
@@ -138,6 +195,10 @@ def test_lost_answers_and_stragglers_come_as_often_as_asked_for(smoke: Smoke) ->
     reasons = pd.Series(work.reasons).value_counts(normalize=True)
     assert reasons["it cannot be reached in this round"] == pytest.approx(0.2, abs=0.03)
     assert reasons["its answer was lost"] == pytest.approx(0.8 * 0.25, abs=0.03)
+    # In another round they are others: out of reach in both is a twenty-fifth.
+    both = [first == then == "it cannot be reached in this round" for first, then in zip(
+        work.reasons, Devices(config).work(4, np.arange(n), sizes, 0, 0, 0.0).reasons, strict=True)]  # fmt: skip
+    assert np.mean(both) == pytest.approx(0.04, abs=0.02)
     # A straggler draws 1 to 4 of 4 epochs: three quarters of them fall short and are late.
     assert reasons["it did not finish in time"] == pytest.approx(0.8 * 0.75 * 0.5 * 0.75, abs=0.03)
     partial = Devices(config.with_(faults__late="partial")).work(3, np.arange(n), sizes, 0, 0, 0.0)
