@@ -104,6 +104,14 @@ def test_a_client_that_answers_nothing_is_missing_from_the_sum_and_not_from_the_
     assert _weight(found) == pytest.approx(1 / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_a_client_whose_loss_is_endless_takes_nobody_with_it(cohort: int, private: Callable[..., RunConfig]) -> None:
+    run = simulate(_lines(private, "1,1,1;1,1,1;1,2,1", task="lines:Endless", engine__cohort_size=cohort, **SILENT))
+    # Two of three are left, as if the third had not been drawn.
+    assert float(run.model().get_submodule("0").weight.detach()) == pytest.approx(2 / 3, abs=1e-4)
+    assert [failure["client"] for failure in _rows(run.path)[0]["failures"]] == [2]
+
+
 def test_a_hostile_client_adds_no_more_than_the_clipping_norm(private: Callable[..., RunConfig]) -> None:
     found = _lines(
         private, "1,1,1;1,1,1", attack__kind="scaling", attack__fraction=0.5, attack__strength=1000.0, **SILENT

@@ -167,3 +167,9 @@ def test_a_gradient_that_is_not_finite_adds_nothing_and_is_counted(private: Call
     assert row["privacy"]["dropped_examples"] == 3
     # Weighted by examples: three of none and one of 1.
     assert float(run.model().get_submodule("0").weight.detach()) == pytest.approx(1 / 4, abs=1e-4)
+
+
+def test_an_example_whose_loss_is_endless_is_clipped_and_silences_nobody(private: Callable[..., RunConfig]) -> None:
+    # Gradients of -1 and, clipped from -2, of -1.
+    found = _lines(private, "1,1,1;1,2,1", task="lines:Endless", privacy__clipping_norm=1.0)
+    assert found == pytest.approx(1.0, abs=1e-4)
