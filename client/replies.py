@@ -65,7 +65,8 @@ def of_update(
     """Return the replies of a cohort: one mean if `partial`, else an answer for each.
 
     `columns` are further numbers of each client. A model or a loss that is not finite would poison every mean that it
-    enters: it is its client's error. Clients (C,) bool that are `hostile` do not look, and answer alone with whatever they have.
+    enters: it is its client's error. Clients (C,) bool that are `hostile` do not look, and answer alone with whatever
+    they have.
     """
     good = finite(update) & ~hostile
     together = np.flatnonzero(good).tolist()

@@ -24,6 +24,13 @@ from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.per_example import fitness
 
+# By what else than updates these move the model. Other strategies that do find nothing there, and fail.
+_MOVED_BY = {
+    "qfedavg": "its clients' losses",
+    "agnostic": "its clients' losses",
+    "ifca": "which model is best for a client",
+}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -118,7 +125,14 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             "choose privacy.noise=central or local."
         )
     yield from delta_too_large(own.delta, max(config.clients, own.population), "clients")
+    if config.strategy == "fednova" and not config.local_steps:
+        yield "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all."
     if own.noise == "local":
+        if told := _MOVED_BY.get(config.strategy):
+            yield (
+                f"strategy {config.strategy} goes by {told}, which clients' noise does not cover; choose fedavg, "
+                "fedprox, a server optimiser or a robust rule."
+            )
         for key in ("mechanism", "clipping", "population"):
             if (value := getattr(own, key)) not in ("gaussian", "fixed", 0):
                 yield f"privacy.{key}={value} is about the server's noise; set privacy.noise=central, or drop it."
@@ -135,8 +149,6 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
             "choose privacy.noise=local, or a strategy of weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
         )
-    if config.strategy == "fednova" and not config.local_steps:
-        yield "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all."
     everybody = config.count(config.sampled) == config.clients
     wanted = "cyclic" if own.mechanism == "banded" else "poisson"
     if sampling.kind != wanted and not (everybody and own.mechanism == "gaussian"):

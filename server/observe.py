@@ -199,6 +199,8 @@ class ObservedGrid(Grid):
             self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
+                if self.config is not None and self.config.privacy.level != "none":
+                    _keep_losses_back(content)
         return replies
 
     def _take_in(self, reply: Message) -> None:
@@ -233,3 +235,10 @@ class ObservedGrid(Grid):
             # A personal layer's statistics stay where they are.
             means = {name: records.to_numpy(arrays[name]) for name in self.running if name in arrays}
             self._observed.running.add(means, float(metrics[records.NUM_EXAMPLES]))
+
+
+def _keep_losses_back(content: RecordDict) -> None:
+    """Take clients' losses out of an answer: no noise covers them, and a strategy could move the model by them."""
+    found: list[Any] = [*content.metric_records.values(), *content.config_records.values()]
+    for record in found:
+        record.pop(records.TRAIN_LOSS, None)

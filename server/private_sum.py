@@ -102,11 +102,8 @@ class PrivateSum:
             noise = self._noise.at("count", server_round).normal(1, dtype=torch.float64)
             self.within = float(noised(count, noise, self._level.count_noise)) / expected + 0.5
             self.clipping_norm = self._level.next_norm(norm, self.within)
-        metrics: dict[str, Any] = {records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected}
-        losses = [_metric(answer, records.TRAIN_LOSS) for answer in answers]
-        weights = [_weight(answer) for answer in answers]
-        metrics[records.TRAIN_LOSS] = float(np.average(losses, weights=weights)) if losses else float("nan")
-        return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: MetricRecord(metrics)})
+        metrics = MetricRecord({records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected})
+        return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: metrics})
 
     def _normal(self, server_round: int, size: int) -> torch.Tensor:
         """Return the round's noise, (size,) float64 of standard deviation 1, or the row that bands make of it."""
@@ -158,11 +155,7 @@ def _weight(answer: RecordDict) -> float:
 def _within(answer: RecordDict) -> float:
     """Return the sum over an answer's clients of 1/2 for those within the clipping norm and -1/2 for the others."""
     half = _clients(answer) / 2
-    return min(max(_weight(answer) * _metric(answer, records.WITHIN), -half), half)
-
-
-def _metric(answer: RecordDict, name: str) -> float:
-    return float(records.metrics_of(answer)[name])
+    return min(max(_weight(answer) * float(records.metrics_of(answer)[records.WITHIN]), -half), half)
 
 
 def _clients(answer: RecordDict) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
@@ -54,6 +54,23 @@ class Deaf(FedAvg):
 
     def __init__(self) -> None:
         super().__init__()
+
+
+class Curious(FedAvg):
+    """Notes which numbers it is told beside the models."""
+
+    partial_means = True
+    told: ClassVar[set[str]] = set()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Look into metrics and into the clients' columns."""
+        replies = list(replies)
+        for content in (reply.content for reply in replies if reply.has_content()):
+            for record in (*content.metric_records.values(), *content.config_records.values()):
+                self.told.update(record)
+        return super().aggregate_train(server_round, replies)
 
 
 class NormalisedMedical(Medical):

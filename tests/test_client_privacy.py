@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_plugins import Curious
 from safetensors.numpy import load_file
 from test_training import _round
 
@@ -310,6 +311,20 @@ def test_any_strategy_of_weighted_means_takes_part(strategy: str, private: Calla
     rare = simulate(private(**settings, sampled=1, rounds=4, privacy__noise_multiplier=0.05))
     assert [row["aggregated"] for row in _rows(rare.path)] == [True] * 4
     assert [row["sampled"] for row in _rows(rare.path)] == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [("central", {"num-examples", "weight"}),
+     ("local", {"num-examples", "weight", "client", "private-steps", "train-seconds"})],
+)  # fmt: skip
+def test_a_strategy_is_told_no_loss(noise: str, told: set[str], private: Callable[..., RunConfig]) -> None:
+    settings = {"strategy": "foreign_plugins:Curious", "rounds": 1, "privacy__noise_multiplier": 1.0}
+    Curious.told.clear()
+    run = simulate(private(**settings, privacy__noise=noise))
+    assert Curious.told == told
+    # The operator sees it.
+    assert _rows(run.path)[0]["train_loss"] > 0
 
 
 @pytest.mark.parametrize("kind", ["int8", "top-k"])
