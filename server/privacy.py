@@ -64,10 +64,18 @@ class Privacy:
         if self._sum is not None:
             self._sum.stand_before(strategy, server.sends)
 
-    def observe(self, server_round: int, observed: Observed) -> dict[str, Any]:
-        """Return a round's part in rounds.jsonl."""
+    def observe(self, server_round: int, observed: Observed, *, aggregated: bool) -> dict[str, Any]:
+        """Return a round's part in rounds.jsonl.
+
+        Raises `RuntimeError` for a new model that was not made of the clients' noisy sum.
+        """
         if self._own.level == "none":
             return {}
+        if aggregated and self._sum is not None and self._sum.released != server_round:
+            raise RuntimeError(
+                f"strategy '{self._config.strategy}' made the model of round {server_round} without its own "
+                "aggregate_train, before which clients' noisy sum is taken: no epsilon covers it"
+            )
         if isinstance(self.canaries, CanaryExamples):
             self.canaries.take(observed.canaries)
         if self._sum is None:

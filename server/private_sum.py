@@ -1,7 +1,8 @@
 """Central noise: the clients' clipped updates become one answer, their noisy sum, before any strategy sees them.
 
 The strategy gets one ordinary reply with the mean of `privacy/client_level.py`. It may do with it what it likes: what
-is computed from something private costs nothing more.
+is computed from something private costs nothing more. What it asks of clients is looked at before it is sent: the sum
+is that of updates of one model, clipped to one norm, by every client that was drawn, once.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class PrivateSum:
         self._banded = BandedNoise(level.bands) if level.banded else None
         self._drawn = 0
         """Rounds whose noise the banded one knows of."""
+        self.released = 0
+        """The last round whose sum was released."""
         self._sent: Vectors = {}
         self._names: Sequence[str] = ()
 
@@ -58,8 +61,12 @@ class PrivateSum:
 
         def configure(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
             config[records.CLIPPING_NORM] = self.clipping_norm
-            self._sent = {name: to_numpy(array) for name, array in outgoing(arrays).items()}
-            return configure_train(server_round, arrays, config, grid)
+            sent, offered = outgoing(arrays), list(grid.get_node_ids())
+            self._sent = {name: to_numpy(array) for name, array in sent.items()}
+            messages = list(configure_train(server_round, arrays, config, grid))
+            if odd := self._odd(messages, sent, offered):
+                raise RuntimeError(f"round {server_round}: the strategy {odd}, which no epsilon is known for")
+            return messages
 
         def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
             answers = [reply.content for reply in replies if reply.has_content()]
@@ -67,6 +74,21 @@ class PrivateSum:
 
         strategy.configure_train = configure  # type: ignore[method-assign]
         strategy.aggregate_train = aggregate  # type: ignore[method-assign]
+
+    def _odd(self, messages: Sequence[Message], sent: ArrayRecord, offered: Sequence[int]) -> str:
+        """Return what is wrong with the messages of a round for which the nodes `offered` were drawn; else nothing."""
+        nodes = [message.metadata.dst_node_id for message in messages]
+        if len(set(nodes)) < len(nodes):
+            return "asks a client twice"
+        if self._level.rate < 1 and set(nodes) != set(offered):
+            return f"asks {len(nodes)} clients where {len(offered)} were drawn"
+        for content in {id(message.content): message.content for message in messages}.values():
+            [own] = content.array_records.values()
+            if own.keys() != sent.keys() or any(own[name].data != array.data for name, array in sent.items()):
+                return "sends clients another model than its `outgoing` says"
+            if records.config_of(content).get(records.CLIPPING_NORM) != self.clipping_norm:
+                return "sends clients another clipping norm than the round's"
+        return ""
 
     def state(self) -> dict[str, Any]:
         """Return what the next round needs of this one: not the banded noise, which must never be read by anybody.
@@ -81,6 +103,10 @@ class PrivateSum:
 
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
+        covered = [client for answer in answers for client in _clients(answer)]
+        if len(set(covered)) < len(covered):
+            raise RuntimeError(f"a client answered round {server_round} twice, and nothing is released")
+        self.released = server_round
         honest = self._sum(answers)
         total = self._with_canaries(server_round, honest)
         self._ledger.spend(server_round, self._level.costs(server_round, repeated=self._ledger.knows(server_round)))
@@ -132,7 +158,7 @@ class PrivateSum:
             [arrays] = answer.array_records.values()
             own = {name: to_numpy(arrays[name]).astype(np.float64) for name in self._names}
             away = {name: value if "/" in name else value - self._sent[name] for name, value in own.items()}
-            weight, clients = _weight(answer), _clients(answer)
+            weight, clients = _weight(answer), len(_clients(answer))
             length = weight * float(np.sqrt(sum(float((value * value).sum()) for value in away.values())))
             most = clients * self.clipping_norm
             if clients == 1:
@@ -154,13 +180,13 @@ def _weight(answer: RecordDict) -> float:
 
 def _within(answer: RecordDict) -> float:
     """Return the sum over an answer's clients of 1/2 for those within the clipping norm and -1/2 for the others."""
-    half = _clients(answer) / 2
+    half = len(_clients(answer)) / 2
     return min(max(_weight(answer) * float(records.metrics_of(answer)[records.WITHIN]), -half), half)
 
 
-def _clients(answer: RecordDict) -> int:
-    """Return for how many clients an answer of the local engine speaks."""
-    return len(answer.config_records[records.CLIENTS][records.CLIENT])  # type: ignore[arg-type]
+def _clients(answer: RecordDict) -> list[int]:
+    """Return for which clients an answer of the local engine speaks."""
+    return answer.config_records[records.CLIENTS][records.CLIENT]  # type: ignore[return-value]
 
 
 def _message(content: RecordDict) -> Message:

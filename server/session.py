@@ -152,8 +152,9 @@ class Session:
             self.strategy.set_up(server)
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
-        self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
+        # Privacy sees what the strategy asks of the clients that were drawn, and so stands nearer to it.
         self.privacy.stand_before(self.strategy, server)
+        self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
         return about
 
     def _own_examples(self, about: Description) -> Split | None:
@@ -192,7 +193,7 @@ class Session:
         self.selection.observe(number, observed.clients)
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
-        row |= self.privacy.observe(number, observed)
+        row |= self.privacy.observe(number, observed, aggregated=row["aggregated"])
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:

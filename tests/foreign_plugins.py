@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
@@ -107,3 +107,71 @@ class Images(Medical):
         tables = super().federation()
         train = replace(tables.train, x=tables.train.x.reshape(-1, 1, 6, 5))
         return replace(tables, train=train)
+
+
+class Twice(FedAvg):
+    """Asks every client twice."""
+
+    partial_means = True
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return two messages to each."""
+        once = list(super().configure_train(server_round, arrays, config, grid))
+        return once + [Message(message.content, message.metadata.dst_node_id, "train") for message in once]
+
+
+class Half(FedAvg):
+    """Asks half of the clients that it sees."""
+
+    partial_means = True
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return every other message."""
+        return list(super().configure_train(server_round, arrays, config, grid))[::2]
+
+
+class Ahead(FedAvg):
+    """Sends a model that is ahead of the global one."""
+
+    partial_means = True
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the model times 1.1."""
+        ahead = ArrayRecord({name: Array(1.1 * array.numpy()) for name, array in arrays.items()})
+        return super().configure_train(server_round, ahead, config, grid)
+
+
+class OwnNorm(FedAvg):
+    """Lets clients clip to a norm of its own."""
+
+    partial_means = True
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send another norm."""
+        config["clipping-norm"] = 1.5
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+class OwnLoop(FedAvg):
+    """Has a loop of its own, in which it takes the mean without asking anybody."""
+
+    partial_means = True
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, **named: Any) -> Result:  # type: ignore[override]
+        """Run it."""
+        arrays, evaluate = initial_arrays, named["evaluate_fn"]
+        evaluate(0, arrays)
+        for number in range(1, named["num_rounds"] + 1):
+            messages = self.configure_train(number, arrays, named["train_config"], grid)
+            found, _ = FedAvg.aggregate_train(self, number, grid.send_and_receive(messages))
+            arrays = found or arrays
+            evaluate(number, arrays)
+        return Result()

@@ -314,6 +314,30 @@ def test_any_strategy_of_weighted_means_takes_part(strategy: str, private: Calla
 
 
 @pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("Twice", "asks a client twice"),
+        ("Half", r"asks \d clients where \d were drawn"),
+        ("Ahead", "sends clients another model than its `outgoing` says"),
+        ("OwnNorm", "sends clients another clipping norm"),
+        ("OwnLoop", "made the model of round 1 without its own aggregate_train"),
+    ],
+)
+def test_a_strategy_that_goes_round_the_noisy_sum_is_stopped(
+    strategy: str, said: str, private: Callable[..., RunConfig]
+) -> None:
+    settings = {"clients": 12, "sampled": 8, "rounds": 2, "privacy__noise_seed": 0, "privacy__noise_multiplier": 1.0}
+    paths: list[Path] = []
+    with pytest.raises(RuntimeError, match=said):
+        simulate(
+            private(**settings, strategy=f"foreign_plugins:{strategy}"), on_start=lambda path, *_: paths.append(path)
+        )
+    # Nothing of it is kept: the model is the one that the run began with.
+    start = simulate(private(**{**settings, "rounds": 1}, learning_rate=1e-9, privacy__clipping_norm=1e-9)).path
+    np.testing.assert_allclose(_model(paths[0]), _model(start), atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("noise", "told"),
     [("central", {"num-examples", "weight"}),
      ("local", {"num-examples", "weight", "client", "private-steps", "train-seconds"})],
