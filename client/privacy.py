@@ -96,9 +96,17 @@ class ClientPrivacy:
         return with_noise(update, r, self._clients.noise_multiplier, sources)
 
     def taken(self, r: LocalRound) -> dict[str, list[int]]:
-        """Return how many private steps (at level example) or updates each client has taken, a column a number."""
+        """Return how many private steps (at level example) or updates each client has taken, a column a number.
+
+        Raises `RuntimeError` where a client took none, or more than it has drawn batches: two steps on one batch cost
+        more than the ledger counts for two.
+        """
         if self._examples is not None:
             assert isinstance(r.private, PrivateSteps)
+            drawn = r.batches.steps.numpy()
+            if ((r.private.taken < 1) | (r.private.taken > drawn)).any():
+                taken = int(r.private.taken.max())
+                raise RuntimeError(f"{taken} private steps on {int(drawn.max())} batches: each batch is for one step")
             return {records.PRIVATE_STEPS: r.private.taken.tolist(), records.DROPPED: r.private.dropped.tolist()}
         return {records.PRIVATE_STEPS: [1] * len(r.sizes)} if self._local else {}
 

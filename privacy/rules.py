@@ -177,12 +177,26 @@ def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
             "per-example clipping does not cover; choose fedavg, fedprox, scaffold, feddyn, moon, a server optimiser "
             "or a robust rule."
         )
+    if config.strategy == "fedrep":
+        yield from _in_turn(config, subject)
     if config.processors:
         yield f"processors={config.processors} see examples, and no epsilon covers what they send; drop them."
     if config.engine.precision != "float32":
         yield f"engine.precision={config.engine.precision}: examples are clipped in float32; set it."
     if config.engine.compile:
         yield "engine.compile=true does not compile gradients of single examples; set false."
+
+
+def _in_turn(config: RunConfig, subject: Subject) -> Iterator[str]:
+    """Yield why clients would have to take one batch for two steps, of which the account knows nothing."""
+    sizes = subject.sizes[subject.sizes > 0]
+    if ExampleLevel(config).steps(int(sizes.min())) == 1:
+        yield (
+            f"fedrep trains head and body in turn, and a client of {sizes.min()} examples takes one step a round; set "
+            "local-epochs=2, or a smaller batch-size."
+        )
+    if config.faults.late == "partial":
+        yield "fedrep trains head and body in turn, and what was done in time may be one step; set faults.late=lost."
 
 
 def _covered(level: str, standardise: str) -> bool:

@@ -23,6 +23,10 @@ COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
 NAMED = 20
 
 
+Taken = tuple[int, int, int]
+"""A client, its examples, and the private steps or updates that it says to have taken."""
+
+
 @dataclass
 class Observed:
     """What passed since `take` was last called: who trained, and why the others did not."""
@@ -40,8 +44,6 @@ class Observed:
     """Answers that did not come because the client was out of reach or late, as configured."""
     rejected: int = 0
     """Answers that would have poisoned the model."""
-    private_steps: dict[int, int] = field(default_factory=dict)
-    """Of each client whose answer was private by itself, as it says."""
     dropped: int = 0
     """Examples that private steps left out because their gradients were not finite."""
     canaries: list[tuple[int, bytes]] = field(default_factory=list)
@@ -74,6 +76,8 @@ class ObservedGrid(Grid):
         """Hears of a round's messages before they are sent."""
         self.virtual_seconds: Callable[[int, RecordDict], float] | None = None
         """(client, message) -> when it answers, where there is virtual time: what it says itself is not believed."""
+        self.private: Callable[[list[Taken]], None] | None = None
+        """Hears of the clients whose answers are private by themselves before anybody else does."""
         self._offered: Sequence[int] | None = None
         self._listed = 0
         self._observed = Observed()
@@ -183,6 +187,7 @@ class ObservedGrid(Grid):
             if reply.has_content() and self._client_of is not None:
                 self._take_in(reply)
         refuse_odd([r for r in replies if r.has_content() and r.metadata.message_type == "train"])
+        taken: list[Taken] = []
         for reply in replies:
             if reply.has_error():
                 client = self.client_of(reply.metadata.src_node_id)
@@ -199,8 +204,12 @@ class ObservedGrid(Grid):
             self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
+                own = (rows.get(key, ()) for key in (records.NUM_EXAMPLES, records.PRIVATE_STEPS))
+                taken.extend(zip(covered, *own, strict=False))
                 if self.config is not None and self.config.privacy.level != "none":
                     _keep_losses_back(content)
+        if taken and self.private is not None:
+            self.private(taken)
         return replies
 
     def _take_in(self, reply: Message) -> None:
@@ -221,7 +230,6 @@ class ObservedGrid(Grid):
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)
-        self._observed.private_steps |= dict(zip(covered, rows.get(records.PRIVATE_STEPS, ()), strict=False))
         self._observed.dropped += sum(rows.get(records.DROPPED, ()))
         self._observed.canaries.extend(zip(covered, rows.get(records.CANARIES, ()), strict=False))
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
 from server.canaries import CanaryClients, CanaryExamples
-from server.observe import Observed, ObservedGrid
+from server.observe import Observed, ObservedGrid, Taken
 from server.private_sum import PrivateSum
 from tasks.base import Task
 
@@ -78,8 +78,8 @@ class Privacy:
             )
         if isinstance(self.canaries, CanaryExamples):
             self.canaries.take(observed.canaries)
-        if self._sum is None:
-            self.ledger.spend(server_round, self._spent_by_clients(observed.private_steps))
+        if self._sum is None and not self.ledger.knows(server_round):
+            self.ledger.spend(server_round, [])
         row: dict[str, Any] = {"epsilon": self.ledger.worst(), "dropped_examples": observed.dropped}
         if self._level is not None:
             row["noise_multiplier"] = self._level.noise_multiplier
@@ -90,18 +90,22 @@ class Privacy:
                 row["within_clipping_norm"] = self._sum.within
         return {"privacy": row}
 
-    def _spent_by_clients(self, steps: Mapping[int, int]) -> Iterator[tuple[int, Event, int]]:
-        """Yield what clients have spent that say to have taken so many private steps: no more than one could."""
-        for client, said in steps.items():
-            [(event, most)] = self._own_cost(client).items()
-            # Some strategies train in two parts, each of a step at least.
-            yield client, event, min(max(said, 0), 2 * most)
+    def pay(self, server_round: int, taken: Sequence[Taken]) -> None:
+        """Write down what answers that are private by themselves have cost: no more than one answer could."""
+        if self._own.level == "none" or self._sum is not None:
+            # Who says so all the same has nothing to say here.
+            return
+        events = [
+            (client, event, min(max(said, 0), most))
+            for client, size, said in taken
+            for event, most in self._own_cost(size).items()
+        ]
+        self.ledger.spend(server_round, events)
 
-    def _own_cost(self, client: int) -> Mapping[Event, int]:
+    def _own_cost(self, size: int) -> Mapping[Event, int]:
         """Return what a round costs a client that adds noise itself; nothing where it has no examples."""
         if self._level is not None:
             return {local_event(self._level.noise_multiplier): 1}
-        size = int(self._sizes[client])
         return ExampleLevel(self._config).cost(size) if size else {}
 
     def spent(self, server_round: int) -> str:
@@ -119,7 +123,8 @@ class Privacy:
             if not costs:
                 return ""
         else:
-            costs = ((client, cost) for client in range(len(self._sizes)) if (cost := self._own_cost(client)))
+            each = enumerate(map(self._own_cost, self._sizes.tolist()))
+            costs = ((client, cost) for client, cost in each if cost)
         affordable = (
             epsilon(spent.get(owner, Counter()) + Counter(cost), own.delta) <= own.epsilon for owner, cost in costs
         )

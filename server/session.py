@@ -146,6 +146,7 @@ class Session:
         )
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
+        self.grid.private = lambda taken: self.privacy.pay(self.done + 1, taken)
         if self.virtual.seconds is not None:
             self.grid.virtual_seconds = self.virtual.seconds_of
         if hasattr(self.strategy, "set_up"):

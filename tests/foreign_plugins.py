@@ -14,6 +14,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from core.data import Federation
+from core.training import LocalRound, LocalUpdate, local_sgd
+from strategies.fedprox import FedProx
 from tasks.medical import Medical
 
 
@@ -71,6 +73,32 @@ class Curious(FedAvg):
             for record in (*content.metric_records.values(), *content.config_records.values()):
                 self.told.update(record)
         return super().aggregate_train(server_round, replies)
+
+
+class Unsaid(FedProx):
+    """FedProx with a client half of its own, of which it does not say what it does with examples."""
+
+    @staticmethod
+    def local_update(r: LocalRound) -> LocalUpdate:
+        """Return the cohort after plain SGD."""
+        return local_sgd(replace(r, private=None))
+
+
+class Bare(Unsaid):
+    """Says that its steps are private, which they are not."""
+
+    private_by_example = True
+
+
+class Over(FedAvg):
+    """Takes every batch twice."""
+
+    private_by_example = True
+
+    @staticmethod
+    def local_update(r: LocalRound) -> LocalUpdate:
+        """Return the cohort after two passes over the same batches."""
+        return local_sgd(r, start=local_sgd(r).params)
 
 
 class NormalisedMedical(Medical):
