@@ -51,6 +51,16 @@ class ClientPrivacy:
             return Counter(self._examples.cost(size))
         return Counter({local_event(self._clients.noise_multiplier): 1} if self._clients and self._local else {})
 
+    def seeds(self, clients: Sequence[int]) -> tuple[int, ...] | None:
+        """Return secret seeds for what the clients' models draw; None where a run is to repeat.
+
+        A dropout mask that all can compute and that depends on who (or which example) stands beside would let one
+        client change what others send.
+        """
+        if not self._source.guaranteed:
+            return None
+        return tuple((self._source.uniform(len(clients)) * 2.0**53).long().tolist())
+
     def batches(self, server_round: int, clients: Sequence[int], sizes: Sequence[int]) -> Batches | None:
         """Return Poisson batches for a round; None where examples are not hidden and any batches will do."""
         if self._examples is None:

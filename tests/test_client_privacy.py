@@ -14,6 +14,7 @@ import torch
 from foreign_plugins import Curious
 from safetensors.numpy import load_file
 from test_training import _round
+from torch import nn
 
 from core import records
 from core.config import RunConfig
@@ -22,6 +23,7 @@ from privacy.accounting import Event, Ledger, epsilon
 from privacy.client_level import ClientLevel, Clipping, with_noise
 from privacy.noise import Secret
 from simulations.run import preset, resume, simulate
+from tasks.medical import Medical
 
 # Noise that no number shows; its epsilon is enormous.
 QUIET = {"privacy__noise_multiplier": 1e-6}
@@ -169,6 +171,24 @@ def _drawn(path: Path) -> set[tuple[int, int]]:
 
     table = pd.read_parquet(path / "clients.parquet").dropna(subset=["train_loss"])
     return set(zip(table["round"], table["client"], strict=True))
+
+
+class Dropping(Medical):
+    """The medical task with dropout."""
+
+    def model(self) -> nn.Module:
+        """Return a network that drops half of its hidden units."""
+        return nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 1), nn.Flatten(0))
+
+
+def test_what_a_model_drops_is_as_secret_as_the_noise(private: Callable[..., RunConfig]) -> None:
+    # Masks of a cohort are drawn one after the other: known ones would let a client change what others send.
+    settings = {"task": "test_client_privacy:Dropping", "rounds": 1, "learning_rate": 1.0}
+    secret, seeded = private(**settings, **QUIET), private(**settings, **SILENT)
+    apart = np.abs(_model(simulate(secret).path) - _model(simulate(secret).path)).max()
+    # Noise of 10^-6 alone would move nothing so far.
+    assert apart > 1e-3
+    assert np.array_equal(_model(simulate(seeded).path), _model(simulate(seeded).path))
 
 
 def test_a_budget_calibrates_the_noise_and_the_ledger_adds_up_to_it(private: Callable[..., RunConfig]) -> None:
