@@ -13,8 +13,9 @@ from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
+from core.errors import InputError
 from core.server_side import ServerSide
-from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent
+from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
@@ -162,15 +163,27 @@ class Privacy:
         own = {"canaries": self.canaries.state()} if self.canaries is not None else {}
         return self._sum.state() | own if self._sum is not None else own
 
-    def restore(self, state: Mapping[str, Any], grid: ObservedGrid) -> None:
-        """Remember what `state` returned, and let clients know what the ledger says that they have spent.
-
-        What they did after the checkpoint they have forgotten, and it has cost all the same.
-        """
+    def restore(self, state: Mapping[str, Any], rounds: int) -> None:
+        """Remember what `state` returned after so many rounds; `InputError` where the ledger does not have them all."""
+        if self._own.level != "none" and (missing := self.ledger.missing(rounds)):
+            raise InputError(
+                f"{self.ledger.file} does not say what round {missing[0]} has spent, of {rounds} that are done; put "
+                "the file back, or start a new run: epsilon would be too small."
+            )
         if self._sum is not None:
             self._sum.restore(state)
-        for node in grid.get_node_ids() if grid.numbered else ():
-            if spent := self.ledger.spent.get(grid.client_of(node)):
-                keep_spent(grid.client_states.setdefault(node, RecordDict()), spent)
         if self.canaries is not None:
             self.canaries.restore(state["canaries"])
+
+    def remind(self, grid: ObservedGrid) -> None:
+        """Let clients know what the ledger says that they have spent.
+
+        What they did after the last checkpoint they have forgotten, and it has cost all the same. What they know of
+        that never arrived here has cost as well.
+        """
+        if self._sum is not None or not self.ledger.spent or not grid.numbered:
+            return
+        for node in grid.get_node_ids():
+            if spent := self.ledger.spent.get(grid.client_of(node)):
+                state = grid.client_states.setdefault(node, RecordDict())
+                keep_spent(state, spent_by(state) | spent)

@@ -76,6 +76,7 @@ class Session:
         self.saved = folder.last_checkpoint()
         if self.saved is not None:
             self._restore(self.saved)
+        self.privacy.remind(self.grid)
 
     def run(self) -> None:
         """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
@@ -296,4 +297,4 @@ class Session:
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
-        self.privacy.restore(progress["privacy"], self.grid)
+        self.privacy.restore(progress["privacy"], self.done)

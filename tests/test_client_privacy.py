@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from foreign_plugins import Curious
 from safetensors.numpy import load_file
 from test_training import _round
@@ -18,12 +19,18 @@ from torch import nn
 
 from core import records
 from core.config import RunConfig
+from core.errors import InputError
 from core.training import LocalUpdate
-from privacy.accounting import Event, Ledger, epsilon
+from privacy.accounting import Event, Ledger, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel, Clipping, with_noise
 from privacy.noise import Secret
-from simulations.run import preset, resume, simulate
+from server.observe import ObservedGrid
+from server.privacy import Privacy
+from simulations.run import engine, preset, resume, simulate
+from simulations.worker import node_of
+from tasks import load
 from tasks.medical import Medical
+from tasks.source import federation_of
 
 # Noise that no number shows; its epsilon is enormous.
 QUIET = {"privacy__noise_multiplier": 1e-6}
@@ -230,6 +237,41 @@ def test_a_round_that_is_repeated_costs_again_and_the_budget_knows(private: Call
     assert (run.summary["rounds"], run.summary["stopped_by"]) == (5, "privacy budget")
     assert sum(Ledger(1e-3, ledger).spent[-1].values()) == 6
     assert run.summary["privacy"]["epsilon"] <= 6.0
+
+
+def test_a_run_whose_ledger_is_not_whole_is_not_resumed(private: Callable[..., RunConfig]) -> None:
+    paths: list[Path] = []
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(private(rounds=6, privacy__epsilon=6.0), on_start=lambda path, *_: paths.append(path), on_round=stop)
+    ledger = paths[0] / "ledger.jsonl"
+    first, _, third = ledger.read_text().splitlines()
+    ledger.write_text(f"{first}\n{third}\n")
+    with pytest.raises(InputError, match="does not say what round 2 has spent, of 3 that are done"):
+        resume(paths[0])
+    ledger.unlink()
+    with pytest.raises(InputError, match="does not say what round 1 has spent"):
+        resume(paths[0])
+
+
+def test_a_client_remembers_the_most_of_what_it_and_the_ledger_know(
+    private: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = private(privacy__noise="local", privacy__noise_multiplier=4.0)
+    event = Event(1.0, 2.0)
+    privacy = Privacy(config, load(config), tmp_path)
+    privacy.ledger.spend(1, [(0, event, 2), (1, event, 3)])
+    with engine(config, federation_of(config)) as inner:
+        grid = ObservedGrid(inner)
+        # An answer of client 0 never arrived.
+        keep_spent(grid.client_states.setdefault(node_of(0), RecordDict()), {event: 5})
+        privacy.remind(grid)
+        known = [spent_by(grid.client_states.get(node_of(client), RecordDict())) for client in range(3)]
+    assert known == [{event: 5}, {event: 3}, {}]
 
 
 def test_local_noise_leaves_with_every_update_and_each_client_pays_for_itself(
