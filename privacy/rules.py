@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from core.adversary import COLLUDING
 from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
@@ -83,6 +84,11 @@ def _audited(config: RunConfig, subject: Subject) -> Iterator[str]:
         yield (
             f"audit.canaries={given} is for noise that a server adds anew in every round; set privacy.noise=central "
             "and privacy.mechanism=gaussian, or drop it."
+        )
+    elif own.population:
+        yield (
+            f"audit.canaries={given} would see the noise of this run, and its epsilon is that of privacy.population="
+            f"{own.population}; drop one of them."
         )
     size = sum(p.numel() for p in travelling(subject.model).values())
     room = most(size) * (config.clients if own.level == "example" else 1)
@@ -249,6 +255,10 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
         found.append("who took part in which round, which must stay secret (clients.parquet)")
     found.append("each client's numbers of examples and labels, stated at the start")
     found.append("clients' training losses and evaluation metrics, for the operator's eyes")
+    if config.attack.kind in COLLUDING and not (own.level == "client" and own.noise == "central"):
+        found.append(f"malicious clients' own data, which they share without noise (attack.kind={config.attack.kind})")
+    if config.baselines:
+        found.append("the baselines, trained on clients' examples without noise")
     if tuned:
         found.append("the decision threshold, chosen on the clients' validation splits")
     if config.keep == "best" or config.early_stopping.metric:

@@ -17,6 +17,7 @@ SIMULATED = "simulated noise: not a guarantee"
 WHOM = {
     "example": "Whoever sees the models of a client cannot tell whether any one of its examples was there",
     "client": "Whoever sees the models cannot tell whether any one client took part at all",
+    "local": "Whoever sees a client's updates, the server too, cannot tell its data from others; who took part shows",
 }
 WHO = {
     "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
@@ -76,7 +77,8 @@ def section(run: RunData) -> Section | None:
     privacy = run.summary.get("privacy") or {}
     if privacy.get("level", "none") == "none":
         return None
-    parts = [paragraph(f"{WHOM[privacy['level']]}: {bound(privacy)}.")]
+    whom = "local" if privacy.get("noise") == "local" else privacy["level"]
+    parts = [paragraph(f"{WHOM[whom]}: {bound(privacy)}.")]
     if privacy.get("simulated"):
         said = f"Noise and samples are those of privacy.noise-seed={run.config.get('privacy.noise-seed')}: "
         said += "whoever knows it can take the noise away again. Such a run is for experiments."

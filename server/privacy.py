@@ -81,7 +81,11 @@ class Privacy:
             self.canaries.take(observed.canaries)
         if self._sum is None and not self.ledger.knows(server_round):
             self.ledger.spend(server_round, [])
-        row: dict[str, Any] = {"epsilon": self.ledger.worst(), "dropped_examples": observed.dropped}
+        row: dict[str, Any] = {
+            "epsilon": self.ledger.worst(),
+            "simulated": self._own.noise_seed >= 0,
+            "dropped_examples": observed.dropped,
+        }
         if self._level is not None:
             row["noise_multiplier"] = self._level.noise_multiplier
         if self._sum is not None:

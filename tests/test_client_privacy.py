@@ -291,6 +291,9 @@ def test_local_noise_leaves_with_every_update_and_each_client_pays_for_itself(
         # Two updates are 2 S apart, so that a multiplier of 4 protects like 2; nothing is gained by sampling.
         assert said["clients"].get(str(client), 0.0) == pytest.approx(epsilon({Event(1.0, 2.0): times}, 1e-3))
     assert said["epsilon"] == max(said["clients"].values())
+    page = (run.path / "report.html").read_text()
+    assert "who took part shows" in page
+    assert "took part at all" not in page
 
 
 def test_a_client_whose_budget_is_spent_stays_away_and_the_run_ends_with_the_last(

@@ -121,6 +121,11 @@ def test_what_epsilon_does_not_cover_is_said() -> None:
     assert "scale" not in plain
     assert "threshold" not in plain
     assert "kept" not in plain
+    hostile = config.with_(attack__kind="alie", baselines=True, privacy__noise="local")
+    assert "malicious clients' own data" in " ".join(uncovered(hostile, "none", tuned=False))
+    assert "the baselines" in " ".join(uncovered(hostile, "none", tuned=False))
+    # Under the server's noise what they send is clipped like everybody's.
+    assert "malicious" not in " ".join(uncovered(hostile.with_(privacy__noise="central"), "none", tuned=False))
 
 
 def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
