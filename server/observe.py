@@ -170,6 +170,7 @@ class ObservedGrid(Grid):
         messages = list(messages)
         training = [message for message in messages if message.metadata.message_type == "train"]
         if training:
+            self._refuse_twice(training)
             self._trained_on |= {message.metadata.dst_node_id: message.content for message in training}
             if self.before_training:
                 self.before_training(training)
@@ -180,6 +181,12 @@ class ObservedGrid(Grid):
             self._observed.downlink_bytes += self._payload[1]
         self._observed.sampled += len(training)
         return messages
+
+    def _refuse_twice(self, training: Sequence[Message]) -> None:
+        """Raise `RuntimeError` where a private run asks a client twice at once: both answers would cost it one."""
+        asked = {message.metadata.dst_node_id for message in training}
+        if len(asked) < len(training) and self.config is not None and self.config.privacy.level != "none":
+            raise RuntimeError("the strategy asks a client twice at once, which no epsilon is known for")
 
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         replies = list(replies)

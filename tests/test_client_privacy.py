@@ -296,6 +296,14 @@ def test_local_noise_leaves_with_every_update_and_each_client_pays_for_itself(
     assert "took part at all" not in page
 
 
+def test_a_client_that_adds_noise_itself_is_not_asked_twice_for_the_price_of_once(
+    private: Callable[..., RunConfig],
+) -> None:
+    settings = {"strategy": "foreign_plugins:Twice", "privacy__noise": "local", "privacy__noise_multiplier": 4.0}
+    with pytest.raises(RuntimeError, match="asks a client twice at once"):
+        simulate(private(**settings))
+
+
 def test_a_client_whose_budget_is_spent_stays_away_and_the_run_ends_with_the_last(
     private: Callable[..., RunConfig],
 ) -> None:
@@ -381,7 +389,7 @@ def test_any_strategy_of_weighted_means_takes_part(strategy: str, private: Calla
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [
-        ("Twice", "asks a client twice"),
+        ("Twice", "asks a client twice at once"),
         ("Half", r"asks \d clients where \d were drawn"),
         ("Ahead", "sends clients another model than its `outgoing` says"),
         ("OwnNorm", "sends clients another clipping norm"),
