@@ -85,11 +85,6 @@ def _audited(config: RunConfig, subject: Subject) -> Iterator[str]:
             f"audit.canaries={given} is for noise that a server adds anew in every round; set privacy.noise=central "
             "and privacy.mechanism=gaussian, or drop it."
         )
-    elif own.population:
-        yield (
-            f"audit.canaries={given} would see the noise of this run, and its epsilon is that of privacy.population="
-            f"{own.population}; drop one of them."
-        )
     size = sum(p.numel() for p in travelling(subject.model).values())
     room = most(size) * (config.clients if own.level == "example" else 1)
     if given > room:

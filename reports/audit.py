@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reports import look, markup, protection
+from reports import look, markup
 from reports.load import RunData
 from reports.markup import NO_HTML, Html, Section, cell, element, figure, join, key, paragraph, tile
 from reports.words import NOTHING, duration, finite, metric, number, ordered, percent, plural, rate
@@ -66,7 +66,8 @@ def _warning(canaries: int) -> Html:
 
 
 def _canary_lines(found: Found) -> Iterator[str]:
-    yield f"{protection.bound(found)}: {found['verdict']}."
+    claim = f"epsilon {rate(found['epsilon'])} at delta {found['delta']:g} ({found['level']} level)"
+    yield f"{claim}: {found['verdict']}."
     for name, one in found["observers"].items():
         yield (
             f"who {OBSERVERS[name]}: {one['right']:,} of {one['guesses']:,} guesses right, epsilon at least "
@@ -77,11 +78,6 @@ def _canary_lines(found: Found) -> Iterator[str]:
         yield f"noise measured: {number(ratio)} times what the ledger counts ({number(low)} to {number(high)})"
     yield _reach(found)
     yield _effect(found)
-
-
-def _claimed(found: Found) -> list[str]:
-    said = [f"{found['level']} level, δ = {found['delta']:g}"]
-    return [*said, protection.SIMULATED] if found.get("simulated") else said
 
 
 def _reach(found: Found) -> str:
@@ -115,7 +111,7 @@ def _canaries(found: Found) -> Html:
     noise = found["noise"] or [None] * 3
     tiles = [
         tile("Verdict", found["verdict"]),
-        tile("Claimed", f"ε = {rate(found['epsilon'])}", *_claimed(found)),
+        tile("Claimed", f"ε = {rate(found['epsilon'])}", f"{found['level']} level, δ = {found['delta']:g}"),
         tile("Proven", f"ε ≥ {number(best, 2)}", f"{percent(found['confidence'])} confidence"),
         tile(
             "Noise",

@@ -86,8 +86,6 @@ def _nothing(config: RunConfig) -> str:
         return f"canaries are for noise of the server's or in every step, and this run's is {own.noise}"
     if own.level == "client" and own.mechanism != "gaussian":
         return f"canaries are for noise that is new in every round, and this run's is {own.mechanism}"
-    if own.population:
-        return f"the run's epsilon is that of a population of {own.population:,}, and canaries would see its own noise"
     return "" if _usual(config) else "the model is too small for canaries"
 
 

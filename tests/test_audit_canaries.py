@@ -18,7 +18,6 @@ from privacy.accounting import Event, epsilon
 from privacy.audit import one_run
 from privacy.audit.canaries import Directions, Noise, log_likelihood, most, without_drift
 from privacy.noise import Simulated, Source
-from reports.audit import lines
 from reports.load import load
 from reports.page import write_report
 from server.recorder import RunFolder
@@ -207,7 +206,6 @@ def test_a_run_that_was_interrupted_has_seen_the_same_canaries(smoke: Callable[.
     [
         ({}, "privacy.level=none has none"),
         ({**PRIVATE, "privacy__noise": "local"}, "noise that a server adds"),
-        ({**PRIVATE, "privacy__population": 500}, "its epsilon is that of privacy.population=500"),
         ({**PRIVATE, "audit__canaries": 600}, "more than a model of 1,025 parameters has room for; set 512 or fewer"),
     ],
 )
@@ -239,20 +237,6 @@ def test_a_run_without_canaries_is_repeated_with_them_and_stays_as_it_was(smoke:
         audit_canaries(Run.open(again), RunFolder.open(again), 10, quiet)
     assert "This run carries 512 canaries" in write_report(again).read_text()
     assert load(again).config["audit.canaries"] == 512
-
-
-def test_an_audit_says_where_the_noise_was_simulated(smoke: Callable[..., Any]) -> None:
-    for seed, marked in ((0, True), (-1, False)):
-        run = simulate(smoke(**PRIVATE, privacy__noise_seed=seed, rounds=1, audit__canaries=50))
-        found = {"canaries": {**audit_canaries(run, RunFolder.open(run.path), None, quiet), "seconds": 1.0}}
-        assert ("simulated noise: not a guarantee" in next(lines(found))) == marked
-        assert [json.loads(line)["privacy"]["simulated"] for line in (run.path / "rounds.jsonl").open()] == [marked]
-
-
-def test_a_run_for_a_population_has_nothing_to_prove_here(smoke: Callable[..., Any]) -> None:
-    run = simulate(smoke(**PRIVATE, privacy__population=500, rounds=1))
-    found = audit_canaries(run, RunFolder.open(run.path), None, quiet)
-    assert "epsilon is that of a population of 500" in found["skipped"]
 
 
 def test_a_run_without_noise_has_nothing_to_prove(smoke: Callable[..., Any]) -> None:

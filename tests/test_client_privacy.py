@@ -235,6 +235,7 @@ def test_a_round_that_is_repeated_costs_again_and_the_budget_knows(private: Call
     run = resume(stopped[0])
     # Six rounds were planned and one was lost: the budget is spent after five.
     assert (run.summary["rounds"], run.summary["stopped_by"]) == (5, "privacy budget")
+    assert not any(row["privacy"]["simulated"] for row in _rows(run.path))
     assert sum(Ledger(1e-3, ledger).spent[-1].values()) == 6
     assert run.summary["privacy"]["epsilon"] <= 6.0
 
