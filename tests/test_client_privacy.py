@@ -364,6 +364,7 @@ def test_banded_noise_costs_an_event_a_cycle_and_takes_noise_away_again(private:
     assert [row["privacy"]["epsilon"] for row in rows] == sorted(row["privacy"]["epsilon"] for row in rows)
     assert len({row["privacy"]["epsilon"] for row in rows}) == 2
     assert rows[-1]["privacy"]["epsilon"] <= 8.0
+    assert all(row["privacy"]["simulated"] for row in rows)
     drawn = _drawn(banded.path)
     assert all(len({client for number, client in drawn if number in range(first, first + 8)}) == 32 for first in (1, 9))
     # Noise of one round, times the root of 16, is what independent noise would have grown to.
