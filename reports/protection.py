@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from reports import look, markup
@@ -53,6 +53,15 @@ def lines(privacy: Mapping[str, Any]) -> Iterator[str]:
         )
     if privacy["not_covered"]:
         yield f"Not covered: {'; '.join(privacy['not_covered'])}."
+
+
+def compared(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return what is to be said below private runs on the same clients, rows with a `summary` each; else nothing."""
+    own = [privacy for row in rows if (privacy := row["summary"].get("privacy") or {}).get("level", "none") != "none"]
+    if not own:
+        return ""
+    said = "Every private run spends an epsilon of its own; what is chosen among them is covered by their sum alone"
+    return f"{said} ({SIMULATED})." if any(privacy.get("simulated") for privacy in own) else f"{said}."
 
 
 def headline(summary: Mapping[str, Any]) -> Html:

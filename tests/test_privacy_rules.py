@@ -14,7 +14,7 @@ from torch import nn
 from core.config import RunConfig
 from core.errors import InputError
 from privacy.rules import uncovered
-from reports.protection import lines
+from reports.protection import compared, lines
 from server.build import check
 from simulations.run import preset
 from tasks.medical import Medical
@@ -141,3 +141,11 @@ def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
         "Privacy: epsilon 3.20 at delta 1e-05, client level (simulated noise: not a guarantee), by PLD."
     ]
     assert "simulated" not in next(lines({**private, "simulated": False}))
+
+
+def test_what_is_compared_costs_together_and_says_so() -> None:
+    bare, secret, seeded = ({"summary": {"privacy": {"level": level, "simulated": simulated}}}
+                            for level, simulated in (("none", False), ("client", False), ("client", True)))  # fmt: skip
+    assert compared([bare, {"summary": {}}]) == ""
+    assert compared([bare, secret]).endswith("covered by their sum alone.")
+    assert compared([secret, seeded]).endswith("(simulated noise: not a guarantee).")
