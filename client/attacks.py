@@ -19,13 +19,12 @@ from flwr.app import Error, RecordDict
 from torch import Tensor
 
 from core import records
-from core.adversary import STRENGTHS, malicious
+from core.adversary import COLLUDING, STRENGTHS, malicious
 from core.config import RunConfig
 from core.records import Tensors
 from core.seeding import derive
 from core.training import LocalRound, LocalUpdate
 
-COLLUDING = ("alie", "ipm", "min-max")
 ON_UPDATES = (*COLLUDING, "sign-flip", "scaling", "gaussian", "zero", "non-finite", "wrong-shape")
 # More of them would only cost time: the statistics of so many are good enough.
 COLLUDERS = 32

@@ -51,6 +51,16 @@ class ClientPrivacy:
             return Counter(self._examples.cost(size))
         return Counter({local_event(self._clients.noise_multiplier): 1} if self._clients and self._local else {})
 
+    def seeds(self, clients: Sequence[int]) -> tuple[int, ...] | None:
+        """Return secret seeds for what the clients' models draw; None where a run is to repeat.
+
+        A dropout mask that all can compute and that depends on who (or which example) stands beside would let one
+        client change what others send.
+        """
+        if not self._source.guaranteed:
+            return None
+        return tuple((self._source.uniform(len(clients)) * 2.0**53).long().tolist())
+
     def batches(self, server_round: int, clients: Sequence[int], sizes: Sequence[int]) -> Batches | None:
         """Return Poisson batches for a round; None where examples are not hidden and any batches will do."""
         if self._examples is None:
@@ -96,9 +106,17 @@ class ClientPrivacy:
         return with_noise(update, r, self._clients.noise_multiplier, sources)
 
     def taken(self, r: LocalRound) -> dict[str, list[int]]:
-        """Return how many private steps (at level example) or updates each client has taken, a column a number."""
+        """Return how many private steps (at level example) or updates each client has taken, a column a number.
+
+        Raises `RuntimeError` where a client took none, or more than it has drawn batches: two steps on one batch cost
+        more than the ledger counts for two.
+        """
         if self._examples is not None:
             assert isinstance(r.private, PrivateSteps)
+            drawn = r.batches.steps.numpy()
+            if ((r.private.taken < 1) | (r.private.taken > drawn)).any():
+                taken = int(r.private.taken.max())
+                raise RuntimeError(f"{taken} private steps on {int(drawn.max())} batches: each batch is for one step")
             return {records.PRIVATE_STEPS: r.private.taken.tolist(), records.DROPPED: r.private.dropped.tolist()}
         return {records.PRIVATE_STEPS: [1] * len(r.sizes)} if self._local else {}
 

@@ -17,7 +17,7 @@ from core.training import LocalUpdate
 
 Reply = tuple[list[int], RecordDict | Error]
 """Positions of the clients that an answer stands for, and the answer."""
-NOT_FINITE = "the trained model is not finite; lower learning-rate or set gradient-clip"
+NOT_FINITE = "the trained model is not finite, or its loss is not; lower learning-rate or set gradient-clip"
 
 
 def merged(replies: Sequence[Reply], sent: ArrayRecord) -> list[Reply]:
@@ -46,12 +46,14 @@ def refused(reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> E
 
 
 def finite(update: LocalUpdate) -> np.ndarray:
-    """Return which clients' tensors are finite, (C,) bool."""
+    """Return which clients' tensors and numbers are finite, (C,) bool."""
     # What it keeps counts too: a personal model that is not finite would never recover.
     kinds = (*update.beside.values(), *update.state.values())
     tensors = [*update.params.values(), *(t for own in kinds for t in own.values())]
     # A sum is not finite where one of its terms is not, and costs an eighth of looking at each.
     sums = torch.stack([t.reshape(len(t), -1).sum(1) for t in tensors])
+    # In a mean of the cohort one client's endless loss would be everybody's, and the server would take none of it.
+    sums = torch.cat([sums, *(v.to(sums).unsqueeze(0) for v in (update.loss, *update.metrics.values()))])
     found: np.ndarray = sums.isfinite().all(0).cpu().numpy()
     return found
 
@@ -62,8 +64,9 @@ def of_update(
 ) -> list[Reply]:  # fmt: skip
     """Return the replies of a cohort: one mean if `partial`, else an answer for each.
 
-    `columns` are further numbers of each client. A model that is not finite would poison every mean it enters: it is
-    its client's error. Clients (C,) bool that are `hostile` do not look, and answer alone with whatever they have.
+    `columns` are further numbers of each client. A model or a loss that is not finite would poison every mean that it
+    enters: it is its client's error. Clients (C,) bool that are `hostile` do not look, and answer alone with whatever
+    they have.
     """
     good = finite(update) & ~hostile
     together = np.flatnonzero(good).tolist()

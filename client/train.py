@@ -132,7 +132,7 @@ def _learn(
     batches = private.batches(this.number, clients, sizes) if private else None
     if batches is None:
         batches = batches_of(config, this.number, clients, sizes, contexts or [_blank() for _ in clients])
-    own = seeds(config.seed, "model", this.number, clients=clients)
+    own = (private and private.seeds(clients)) or seeds(config.seed, "model", this.number, clients=clients)
     cohort = assemble(
         config, setting.model, setting.task.loss, x, y,
         batches if steps is None else batches.cut(steps),

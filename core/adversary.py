@@ -25,6 +25,8 @@ KINDS = {
     "non-finite": "sends nan",
     "wrong-shape": "sends tensors of another shape",
 }
+# Attacks for which malicious clients train on each other's data, without any noise of theirs.
+COLLUDING = ("alie", "ipm", "min-max")
 STRENGTHS = {"sign-flip": 1.0, "scaling": 10.0, "gaussian": 0.1, "ipm": 0.5}
 POISONED = 0.5
 TRIGGERED_FEATURES = 3

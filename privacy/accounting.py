@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
+from core.errors import InputError
 from privacy.losses import epsilon_of, losses
 
 # Of privacy losses, for an epsilon up to 8; twice as much has one twice as wide. The deviation of each event's losses
@@ -174,11 +176,22 @@ class Ledger:
             # The outcome of a line that a kill has cut in two was not used.
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
-                self.file.write_text(whole, encoding="utf-8")
-            for row in map(json.loads, whole.splitlines()):
-                self._rounds.add(row["round"])
-                for owner, rate, noise_multiplier, count in row["events"]:
-                    self._add(owner, Event(rate, noise_multiplier), count)
+                with self.file.open("r+", encoding="utf-8") as file:
+                    file.truncate(len(whole.encode()))
+            for number, line in enumerate(whole.splitlines(), start=1):
+                self._read(line, number)
+
+    def _read(self, line: str, number: int) -> None:
+        try:
+            row = json.loads(line)
+            self._rounds.add(int(row["round"]))
+            for owner, rate, noise_multiplier, count in row["events"]:
+                self._add(int(owner), Event(float(rate), float(noise_multiplier)), int(count))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.file} line {number} cannot be read, and what the run has spent is not known without it; start "
+                "a new run."
+            ) from None
 
     def spend(self, server_round: int, events: Iterable[tuple[int, Event, int]]) -> None:
         """Record a round's events: (owner, event, how often)."""
@@ -191,10 +204,16 @@ class Ledger:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": server_round, "events": rows}) + "\n")
                 file.flush()
+                # A checkpoint survives when the machine stops, and must not remember more than the ledger.
+                os.fsync(file.fileno())
 
     def knows(self, server_round: int) -> bool:
         """Return whether the round has cost something before: it is being repeated."""
         return server_round in self._rounds
+
+    def missing(self, rounds: int) -> list[int]:
+        """Return which of the rounds from 1 on are not in the ledger."""
+        return sorted(set(range(1, rounds + 1)) - self._rounds)
 
     def _add(self, owner: int, event: Event, count: int) -> None:
         self.spent.setdefault(owner, Counter())[event] += count

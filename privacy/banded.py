@@ -19,8 +19,6 @@ small epsilon, few rounds or a small sampling rate, Poisson sampling and indepen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +28,10 @@ from core.errors import InputError
 
 
 class BandedNoise:
-    """Rows of C^-1 Z one after the other; it keeps the last b - 1 of them, (b - 1, D) float32."""
+    """Rows of C^-1 Z one after the other.
+
+    It keeps the last b - 1 of them, (b - 1, D) float32, in memory alone: who reads them knows the noise.
+    """
 
     def __init__(self, bands: int) -> None:
         if bands < 1:
@@ -80,14 +81,3 @@ class BandedNoise:
         self._rows[self._rounds % kept] = row
         self._rounds += 1
         return row
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the rounds so far and the rows kept, (b - 1, D) float32; who reads them knows the noise."""
-        return {"rounds": self._rounds, "rows": self._rows.numpy(force=True).copy()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; raises `ValueError` if it was of another number of bands."""
-        rows = torch.from_numpy(np.array(state["rows"], dtype=np.float32))
-        if state["rounds"] and len(rows) != self.bands - 1:
-            raise ValueError(f"a state with {len(rows)} rows is not of noise with {self.bands} bands")
-        self._rounds, self._rows = int(state["rounds"]), rows

@@ -147,7 +147,7 @@ def planned(rounds: int, rate: float) -> int:
 
 
 class Clipping:
-    """The client's half, an update processor: clip, weigh alike, and under local noise add it."""
+    """The client's half, an update processor: clip, weigh alike, and keep back all other numbers."""
 
     def __init__(self, level: ClientLevel) -> None:
         self._level = level
@@ -157,7 +157,8 @@ class Clipping:
         norm = float(r.config[records.CLIPPING_NORM])
         norms = lengths(update, r.global_params)
         weight = self._weights(r).to(norms.device)
-        metrics = dict(update.metrics)
+        # No noise covers what a strategy's clients say beside their updates: the server must not hear of it.
+        metrics = {}
         if self._level.adaptive:
             # The server takes means by weight; of these it needs the plain sum.
             metrics[records.WITHIN] = ((norms <= norm).float() - 0.5) / weight

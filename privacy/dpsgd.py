@@ -84,7 +84,9 @@ class PrivateSteps:
             clipped = (objective or _of_model(model, loss, x, y))(params, x, y, real, self.clipping_norm, terms.only)
             np.add(self.dropped, clipped.dropped.cpu().numpy(), out=self.dropped)
             noisy = self.guests.hide(clipped.sums, self._noised) if self.guests else self._noised(clipped.sums)
-            return noisy, clipped.losses.sum(1) / real.sum(1).clamp(min=1)
+            # A client whose loss is not finite does not count: one example must not be able to silence it.
+            losses = clipped.losses.masked_fill(~clipped.losses.isfinite(), 0.0)
+            return noisy, losses.sum(1) / real.sum(1).clamp(min=1)
 
         return found
 

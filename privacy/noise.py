@@ -14,9 +14,10 @@ in float64 and rounds to multiples of about 2^-20 standard deviations: every mul
 value in some 2^30 ways, and says nothing about the words drawn.
 
 What it does not defend against. Floating-point sums of many updates do not have exactly the sensitivity that real ones
-have (Casacuberta et al., CCS 2022; about n 2^-24 of the norm for n float32 terms): `privacy.skellam` sums integers. How
-long drawing takes is not constant. Whoever reads the process's memory, or restores a snapshot of it, knows its noise; a
-key is written nowhere.
+have (Casacuberta et al., CCS 2022). Here a cohort of n answers with a mean of models in float32, which may be off by
+2^-24 of the model's norm: n times that must be small beside the clipping norm. `privacy.skellam` sums integers. How
+long drawing takes is not constant. Whoever reads the process's memory, or restores a snapshot of it, knows its noise;
+a key is written nowhere.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from core.adversary import COLLUDING
 from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
@@ -23,6 +24,13 @@ from privacy.audit.canaries import most
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.per_example import fitness
+
+# By what else than updates these move the model. Other strategies that do find nothing there, and fail.
+_MOVED_BY = {
+    "qfedavg": "its clients' losses",
+    "agnostic": "its clients' losses",
+    "ifca": "which model is best for a client",
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,17 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             "choose privacy.noise=central or local."
         )
     yield from delta_too_large(own.delta, max(config.clients, own.population), "clients")
+    if config.strategy == "fednova" and (not config.local_steps or config.faults.late == "partial"):
+        yield (
+            "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all, "
+            "and faults.late=lost."
+        )
     if own.noise == "local":
+        if told := _MOVED_BY.get(config.strategy):
+            yield (
+                f"strategy {config.strategy} goes by {told}, which clients' noise does not cover; choose fedavg, "
+                "fedprox, a server optimiser or a robust rule."
+            )
         for key in ("mechanism", "clipping", "population"):
             if (value := getattr(own, key)) not in ("gaussian", "fixed", 0):
                 yield f"privacy.{key}={value} is about the server's noise; set privacy.noise=central, or drop it."
@@ -139,11 +157,6 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
         yield (
             f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
             "choose privacy.noise=local, or a strategy of weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
-        )
-    if config.strategy == "fednova" and (not config.local_steps or config.faults.late == "partial"):
-        yield (
-            "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all, "
-            "and faults.late=lost."
         )
     everybody = config.count(config.sampled) == config.clients
     wanted = "cyclic" if own.mechanism == "banded" else "poisson"
@@ -173,12 +186,26 @@ def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
             "per-example clipping does not cover; choose fedavg, fedprox, scaffold, feddyn, moon, a server optimiser "
             "or a robust rule."
         )
+    if config.strategy == "fedrep":
+        yield from _in_turn(config, subject)
     if config.processors:
         yield f"processors={config.processors} see examples, and no epsilon covers what they send; drop them."
     if config.engine.precision != "float32":
         yield f"engine.precision={config.engine.precision}: examples are clipped in float32; set it."
     if config.engine.compile:
         yield "engine.compile=true does not compile gradients of single examples; set false."
+
+
+def _in_turn(config: RunConfig, subject: Subject) -> Iterator[str]:
+    """Yield why clients would have to take one batch for two steps, of which the account knows nothing."""
+    sizes = subject.sizes[subject.sizes > 0]
+    if ExampleLevel(config).steps(int(sizes.min())) == 1:
+        yield (
+            f"fedrep trains head and body in turn, and a client of {sizes.min()} examples takes one step a round; set "
+            "local-epochs=2, or a smaller batch-size."
+        )
+    if config.faults.late == "partial":
+        yield "fedrep trains head and body in turn, and what was done in time may be one step; set faults.late=lost."
 
 
 def _covered(level: str, standardise: str) -> bool:
@@ -231,6 +258,10 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
         found.append("who took part in which round, which must stay secret (clients.parquet)")
     found.append("each client's numbers of examples and labels, stated at the start")
     found.append("clients' training losses and evaluation metrics, for the operator's eyes")
+    if config.attack.kind in COLLUDING and not (own.level == "client" and own.noise == "central"):
+        found.append(f"malicious clients' own data, which they share without noise (attack.kind={config.attack.kind})")
+    if config.baselines:
+        found.append("the baselines, trained on clients' examples without noise")
     if tuned:
         found.append("the decision threshold, chosen on the clients' validation splits")
     if config.keep == "best" or config.early_stopping.metric:

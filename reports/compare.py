@@ -11,6 +11,7 @@ from urllib.parse import quote
 from reports import look, markup
 from reports.load import nested, read_rounds, series
 from reports.markup import Section, cell, element, figure, join, key, paragraph
+from reports.protection import compared
 from reports.variants import (
     HEADINGS,
     HOW,
@@ -75,7 +76,8 @@ def _overview(rows: Sequence[Row], by: str) -> Section:
         f"{HOW} The best mean is in colour: where intervals overlap, it may be chance. "
         "Runs of one seed share partitions and first weights."
     )
-    content = [markup.table(headings, body, classes=classes), paragraph(f"{note} {personal(rows)}", quiet=True)]
+    said = " ".join(filter(None, (note, personal(rows), compared(rows))))
+    content = [markup.table(headings, body, classes=classes), paragraph(said, quiet=True)]
     return Section("strategies", "Strategies" if by == STRATEGY else f"By {by}", join(content))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from reports import look, markup
@@ -17,6 +17,7 @@ SIMULATED = "simulated noise: not a guarantee"
 WHOM = {
     "example": "Whoever sees the models of a client cannot tell whether any one of its examples was there",
     "client": "Whoever sees the models cannot tell whether any one client took part at all",
+    "local": "Whoever sees a client's updates, the server too, cannot tell its data from others; who took part shows",
 }
 WHO = {
     "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
@@ -54,6 +55,15 @@ def lines(privacy: Mapping[str, Any]) -> Iterator[str]:
         yield f"Not covered: {'; '.join(privacy['not_covered'])}."
 
 
+def compared(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return what is to be said below private runs on the same clients, rows with a `summary` each; else nothing."""
+    own = [privacy for row in rows if (privacy := row["summary"].get("privacy") or {}).get("level", "none") != "none"]
+    if not own:
+        return ""
+    said = "Every private run spends an epsilon of its own; what is chosen among them is covered by their sum alone"
+    return f"{said} ({SIMULATED})." if any(privacy.get("simulated") for privacy in own) else f"{said}."
+
+
 def headline(summary: Mapping[str, Any]) -> Html:
     """Return the privacy tile. Without protection it says so: silence would read as protection."""
     privacy, masked = summary.get("privacy") or {}, summary.get("secure_aggregation")
@@ -76,7 +86,8 @@ def section(run: RunData) -> Section | None:
     privacy = run.summary.get("privacy") or {}
     if privacy.get("level", "none") == "none":
         return None
-    parts = [paragraph(f"{WHOM[privacy['level']]}: {bound(privacy)}.")]
+    whom = "local" if privacy.get("noise") == "local" else privacy["level"]
+    parts = [paragraph(f"{WHOM[whom]}: {bound(privacy)}.")]
     if privacy.get("simulated"):
         said = f"Noise and samples are those of privacy.noise-seed={run.config.get('privacy.noise-seed')}: "
         said += "whoever knows it can take the noise away again. Such a run is for experiments."

@@ -13,6 +13,10 @@ from flwr.common.constant import ErrorCode
 from core import bundle, compression, records
 from core.config import RunConfig
 
+# Columns that tables and ledgers are made of.
+_COUNTS = (records.NUM_EXAMPLES, records.PRIVATE_STEPS, records.DROPPED)
+_NUMBERS = (records.TRAIN_LOSS, records.TRAIN_SECONDS)
+
 
 def take_in(
     reply: Message, sent: ArrayRecord | None, config: RunConfig | None, server_round: int, client: int | None
@@ -68,6 +72,10 @@ def _numbers(content: RecordDict, client: int | None) -> str:
     for name, column in rows.items():
         if isinstance(column, list) and name != records.ENCODED and len(column) != 1:
             return f"its column {name} has {len(column)} rows"
+        if name in _NUMBERS and not (isinstance(column, list) and isinstance(column[0], int | float)):
+            return f"its column {name} is no number"
+        if name in _COUNTS and not (isinstance(column, list) and isinstance(column[0], int) and column[0] >= 0):
+            return f"its column {name} is no count"
     content[records.CLIENTS] = ConfigRecord({**rows, records.CLIENT: [client]})
     return ""
 

@@ -23,6 +23,10 @@ COLUMNS = (records.NUM_EXAMPLES, records.TRAIN_LOSS, records.TRAIN_SECONDS)
 NAMED = 20
 
 
+Taken = tuple[int, int, int]
+"""A client, its examples, and the private steps or updates that it says to have taken."""
+
+
 @dataclass
 class Observed:
     """What passed since `take` was last called: who trained, and why the others did not."""
@@ -40,8 +44,6 @@ class Observed:
     """Answers that did not come because the client was out of reach or late, as configured."""
     rejected: int = 0
     """Answers that would have poisoned the model."""
-    private_steps: dict[int, int] = field(default_factory=dict)
-    """Of each client whose answer was private by itself, as it says."""
     dropped: int = 0
     """Examples that private steps left out because their gradients were not finite."""
     canaries: list[tuple[int, bytes]] = field(default_factory=list)
@@ -74,6 +76,8 @@ class ObservedGrid(Grid):
         """Hears of a round's messages before they are sent."""
         self.virtual_seconds: Callable[[int, RecordDict], float] | None = None
         """(client, message) -> when it answers, where there is virtual time: what it says itself is not believed."""
+        self.private: Callable[[list[Taken]], None] | None = None
+        """Hears of the clients whose answers are private by themselves before anybody else does."""
         self._offered: Sequence[int] | None = None
         self._listed = 0
         self._observed = Observed()
@@ -166,6 +170,7 @@ class ObservedGrid(Grid):
         messages = list(messages)
         training = [message for message in messages if message.metadata.message_type == "train"]
         if training:
+            self._refuse_twice(training)
             self._trained_on |= {message.metadata.dst_node_id: message.content for message in training}
             if self.before_training:
                 self.before_training(training)
@@ -177,12 +182,19 @@ class ObservedGrid(Grid):
         self._observed.sampled += len(training)
         return messages
 
+    def _refuse_twice(self, training: Sequence[Message]) -> None:
+        """Raise `RuntimeError` where a private run asks a client twice at once: both answers would cost it one."""
+        asked = {message.metadata.dst_node_id for message in training}
+        if len(asked) < len(training) and self.config is not None and self.config.privacy.level != "none":
+            raise RuntimeError("the strategy asks a client twice at once, which no epsilon is known for")
+
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         replies = list(replies)
         for reply in replies:
             if reply.has_content() and self._client_of is not None:
                 self._take_in(reply)
         refuse_odd([r for r in replies if r.has_content() and r.metadata.message_type == "train"])
+        taken: list[Taken] = []
         for reply in replies:
             if reply.has_error():
                 client = self.client_of(reply.metadata.src_node_id)
@@ -199,6 +211,12 @@ class ObservedGrid(Grid):
             self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
+                own = (rows.get(key, ()) for key in (records.NUM_EXAMPLES, records.PRIVATE_STEPS))
+                taken.extend(zip(covered, *own, strict=False))
+                if self.config is not None and self.config.privacy.level != "none":
+                    _keep_losses_back(content)
+        if taken and self.private is not None:
+            self.private(taken)
         return replies
 
     def _take_in(self, reply: Message) -> None:
@@ -219,7 +237,6 @@ class ObservedGrid(Grid):
 
     def _trained(self, content: RecordDict, rows: dict[str, Any], covered: list[int]) -> None:
         metrics = records.metrics_of(content)
-        self._observed.private_steps |= dict(zip(covered, rows.get(records.PRIVATE_STEPS, ()), strict=False))
         self._observed.dropped += sum(rows.get(records.DROPPED, ()))
         self._observed.canaries.extend(zip(covered, rows.get(records.CANARIES, ()), strict=False))
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
@@ -235,3 +252,10 @@ class ObservedGrid(Grid):
             # Weighted as the model is: where one answer stands for many, their mean was made so.
             weight = metrics.get(records.WEIGHT, metrics[records.NUM_EXAMPLES])
             self._observed.running.add(means, float(weight))
+
+
+def _keep_losses_back(content: RecordDict) -> None:
+    """Take clients' losses out of an answer: no noise covers them, and a strategy could move the model by them."""
+    found: list[Any] = [*content.metric_records.values(), *content.config_records.values()]
+    for record in found:
+        record.pop(records.TRAIN_LOSS, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
+from core.errors import InputError
 from core.server_side import ServerSide
-from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent
+from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel, local_event
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
 from server.canaries import CanaryClients, CanaryExamples
-from server.observe import Observed, ObservedGrid
+from server.observe import Observed, ObservedGrid, Taken
 from server.private_sum import PrivateSum
 from tasks.base import Task
 
@@ -64,15 +65,27 @@ class Privacy:
         if self._sum is not None:
             self._sum.stand_before(strategy, server.sends)
 
-    def observe(self, server_round: int, observed: Observed) -> dict[str, Any]:
-        """Return a round's part in rounds.jsonl."""
+    def observe(self, server_round: int, observed: Observed, *, aggregated: bool) -> dict[str, Any]:
+        """Return a round's part in rounds.jsonl.
+
+        Raises `RuntimeError` for a new model that was not made of the clients' noisy sum.
+        """
         if self._own.level == "none":
             return {}
+        if aggregated and self._sum is not None and self._sum.released != server_round:
+            raise RuntimeError(
+                f"strategy '{self._config.strategy}' made the model of round {server_round} without its own "
+                "aggregate_train, before which clients' noisy sum is taken: no epsilon covers it"
+            )
         if isinstance(self.canaries, CanaryExamples):
             self.canaries.take(observed.canaries)
-        if self._sum is None:
-            self.ledger.spend(server_round, self._spent_by_clients(observed.private_steps))
-        row: dict[str, Any] = {"epsilon": self.ledger.worst(), "dropped_examples": observed.dropped}
+        if self._sum is None and not self.ledger.knows(server_round):
+            self.ledger.spend(server_round, [])
+        row: dict[str, Any] = {
+            "epsilon": self.ledger.worst(),
+            "simulated": self._own.noise_seed >= 0,
+            "dropped_examples": observed.dropped,
+        }
         if self._level is not None:
             row["noise_multiplier"] = self._level.noise_multiplier
         if self._sum is not None:
@@ -82,18 +95,22 @@ class Privacy:
                 row["within_clipping_norm"] = self._sum.within
         return {"privacy": row}
 
-    def _spent_by_clients(self, steps: Mapping[int, int]) -> Iterator[tuple[int, Event, int]]:
-        """Yield what clients have spent that say to have taken so many private steps: no more than one could."""
-        for client, said in steps.items():
-            [(event, most)] = self._own_cost(client).items()
-            # Some strategies train in two parts, each of a step at least.
-            yield client, event, min(max(said, 0), 2 * most)
+    def pay(self, server_round: int, taken: Sequence[Taken]) -> None:
+        """Write down what answers that are private by themselves have cost: no more than one answer could."""
+        if self._own.level == "none" or self._sum is not None:
+            # Who says so all the same has nothing to say here.
+            return
+        events = [
+            (client, event, min(max(said, 0), most))
+            for client, size, said in taken
+            for event, most in self._own_cost(size).items()
+        ]
+        self.ledger.spend(server_round, events)
 
-    def _own_cost(self, client: int) -> Mapping[Event, int]:
+    def _own_cost(self, size: int) -> Mapping[Event, int]:
         """Return what a round costs a client that adds noise itself; nothing where it has no examples."""
         if self._level is not None:
             return {local_event(self._level.noise_multiplier): 1}
-        size = int(self._sizes[client])
         return ExampleLevel(self._config).cost(size) if size else {}
 
     def spent(self, server_round: int) -> str:
@@ -111,7 +128,8 @@ class Privacy:
             if not costs:
                 return ""
         else:
-            costs = ((client, cost) for client in range(len(self._sizes)) if (cost := self._own_cost(client)))
+            each = enumerate(map(self._own_cost, self._sizes.tolist()))
+            costs = ((client, cost) for client, cost in each if cost)
         affordable = (
             epsilon(spent.get(owner, Counter()) + Counter(cost), own.delta) <= own.epsilon for owner, cost in costs
         )
@@ -149,15 +167,27 @@ class Privacy:
         own = {"canaries": self.canaries.state()} if self.canaries is not None else {}
         return self._sum.state() | own if self._sum is not None else own
 
-    def restore(self, state: Mapping[str, Any], grid: ObservedGrid) -> None:
-        """Remember what `state` returned, and let clients know what the ledger says that they have spent.
-
-        What they did after the checkpoint they have forgotten, and it has cost all the same.
-        """
+    def restore(self, state: Mapping[str, Any], rounds: int) -> None:
+        """Remember what `state` returned after so many rounds; `InputError` where the ledger does not have them all."""
+        if self._own.level != "none" and (missing := self.ledger.missing(rounds)):
+            raise InputError(
+                f"{self.ledger.file} does not say what round {missing[0]} has spent, of {rounds} that are done; put "
+                "the file back, or start a new run: epsilon would be too small."
+            )
         if self._sum is not None:
             self._sum.restore(state)
-        for node in grid.get_node_ids() if grid.numbered else ():
-            if spent := self.ledger.spent.get(grid.client_of(node)):
-                keep_spent(grid.client_states.setdefault(node, RecordDict()), spent)
         if self.canaries is not None:
             self.canaries.restore(state["canaries"])
+
+    def remind(self, grid: ObservedGrid) -> None:
+        """Let clients know what the ledger says that they have spent.
+
+        What they did after the last checkpoint they have forgotten, and it has cost all the same. What they know of
+        that never arrived here has cost as well.
+        """
+        if self._sum is not None or not self.ledger.spent or not grid.numbered:
+            return
+        for node in grid.get_node_ids():
+            if spent := self.ledger.spent.get(grid.client_of(node)):
+                state = grid.client_states.setdefault(node, RecordDict())
+                keep_spent(state, spent_by(state) | spent)

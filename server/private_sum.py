@@ -1,7 +1,8 @@
 """Central noise: the clients' clipped updates become one answer, their noisy sum, before any strategy sees them.
 
 The strategy gets one ordinary reply with the mean of `privacy/client_level.py`. It may do with it what it likes: what
-is computed from something private costs nothing more.
+is computed from something private costs nothing more. What it asks of clients is looked at before it is sent: the sum
+is that of updates of one model, clipped to one norm, by every client that was drawn, once.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class PrivateSum:
         self._banded = BandedNoise(level.bands) if level.banded else None
         self._drawn = 0
         """Rounds whose noise the banded one knows of."""
+        self.released = 0
+        """The last round whose sum was released."""
         self._sent: Vectors = {}
         self._names: Sequence[str] = ()
 
@@ -58,8 +61,12 @@ class PrivateSum:
 
         def configure(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
             config[records.CLIPPING_NORM] = self.clipping_norm
-            self._sent = {name: to_numpy(array) for name, array in outgoing(arrays).items()}
-            return configure_train(server_round, arrays, config, grid)
+            sent, offered = outgoing(arrays), list(grid.get_node_ids())
+            self._sent = {name: to_numpy(array) for name, array in sent.items()}
+            messages = list(configure_train(server_round, arrays, config, grid))
+            if odd := self._odd(messages, sent, offered):
+                raise RuntimeError(f"round {server_round}: the strategy {odd}, which no epsilon is known for")
+            return messages
 
         def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
             answers = [reply.content for reply in replies if reply.has_content()]
@@ -67,6 +74,19 @@ class PrivateSum:
 
         strategy.configure_train = configure  # type: ignore[method-assign]
         strategy.aggregate_train = aggregate  # type: ignore[method-assign]
+
+    def _odd(self, messages: Sequence[Message], sent: ArrayRecord, offered: Sequence[int]) -> str:
+        """Return what is wrong with the messages of a round for which the nodes `offered` were drawn; else nothing."""
+        nodes = {message.metadata.dst_node_id for message in messages}
+        if self._level.rate < 1 and nodes != set(offered):
+            return f"asks {len(nodes)} clients where {len(offered)} were drawn"
+        for content in {id(message.content): message.content for message in messages}.values():
+            [own] = content.array_records.values()
+            if own.keys() != sent.keys() or any(own[name].data != array.data for name, array in sent.items()):
+                return "sends clients another model than its `outgoing` says"
+            if records.config_of(content).get(records.CLIPPING_NORM) != self.clipping_norm:
+                return "sends clients another clipping norm than the round's"
+        return ""
 
     def state(self) -> dict[str, Any]:
         """Return what the next round needs of this one: not the banded noise, which must never be read by anybody.
@@ -81,6 +101,10 @@ class PrivateSum:
 
     def _released(self, server_round: int, answers: Sequence[RecordDict]) -> RecordDict:
         """Return the round's one private answer. What it costs is in the ledger before."""
+        covered = [client for answer in answers for client in _clients(answer)]
+        if len(set(covered)) < len(covered):
+            raise RuntimeError(f"a client answered round {server_round} twice, and nothing is released")
+        self.released = server_round
         honest = self._sum(answers)
         total = self._with_canaries(server_round, honest)
         self._ledger.spend(server_round, self._level.costs(server_round, repeated=self._ledger.knows(server_round)))
@@ -102,11 +126,8 @@ class PrivateSum:
             noise = self._noise.at("count", server_round).normal(1, dtype=torch.float64)
             self.within = float(noised(count, noise, self._level.count_noise)) / expected + 0.5
             self.clipping_norm = self._level.next_norm(norm, self.within)
-        metrics: dict[str, Any] = {records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected}
-        losses = [_metric(answer, records.TRAIN_LOSS) for answer in answers]
-        weights = [_weight(answer) for answer in answers]
-        metrics[records.TRAIN_LOSS] = float(np.average(losses, weights=weights)) if losses else float("nan")
-        return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: MetricRecord(metrics)})
+        metrics = MetricRecord({records.NUM_EXAMPLES: max(1, round(expected)), records.WEIGHT: expected})
+        return RecordDict({records.ARRAYS: to_arrays(mean), records.METRICS: metrics})
 
     def _normal(self, server_round: int, size: int) -> torch.Tensor:
         """Return the round's noise, (size,) float64 of standard deviation 1, or the row that bands make of it."""
@@ -135,7 +156,7 @@ class PrivateSum:
             [arrays] = answer.array_records.values()
             own = {name: to_numpy(arrays[name]).astype(np.float64) for name in self._names}
             away = {name: value if "/" in name else value - self._sent[name] for name, value in own.items()}
-            weight, clients = _weight(answer), _clients(answer)
+            weight, clients = _weight(answer), len(_clients(answer))
             length = weight * float(np.sqrt(sum(float((value * value).sum()) for value in away.values())))
             most = clients * self.clipping_norm
             if clients == 1:
@@ -157,17 +178,13 @@ def _weight(answer: RecordDict) -> float:
 
 def _within(answer: RecordDict) -> float:
     """Return the sum over an answer's clients of 1/2 for those within the clipping norm and -1/2 for the others."""
-    half = _clients(answer) / 2
-    return min(max(_weight(answer) * _metric(answer, records.WITHIN), -half), half)
+    half = len(_clients(answer)) / 2
+    return min(max(_weight(answer) * float(records.metrics_of(answer)[records.WITHIN]), -half), half)
 
 
-def _metric(answer: RecordDict, name: str) -> float:
-    return float(records.metrics_of(answer)[name])
-
-
-def _clients(answer: RecordDict) -> int:
-    """Return for how many clients an answer of the local engine speaks."""
-    return len(answer.config_records[records.CLIENTS][records.CLIENT])  # type: ignore[arg-type]
+def _clients(answer: RecordDict) -> list[int]:
+    """Return for which clients an answer of the local engine speaks."""
+    return answer.config_records[records.CLIENTS][records.CLIENT]  # type: ignore[return-value]
 
 
 def _message(content: RecordDict) -> Message:

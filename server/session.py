@@ -76,6 +76,7 @@ class Session:
         self.saved = folder.last_checkpoint()
         if self.saved is not None:
             self._restore(self.saved)
+        self.privacy.remind(self.grid)
 
     def run(self) -> None:
         """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
@@ -146,14 +147,16 @@ class Session:
         )
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
+        self.grid.private = lambda taken: self.privacy.pay(self.done + 1, taken)
         if self.virtual.seconds is not None:
             self.grid.virtual_seconds = self.virtual.seconds_of
         if hasattr(self.strategy, "set_up"):
             self.strategy.set_up(server)
         for_evaluation = getattr(self.strategy, "for_evaluation", None)
         self.evaluate = Evaluator(self.grid, self.config, self.task, central, about, for_evaluation)
-        self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
+        # Privacy sees what the strategy asks of the clients that were drawn, and so stands nearer to it.
         self.privacy.stand_before(self.strategy, server)
+        self.selection.stand_before(self.strategy, self.grid, server, self.evaluate)
         return about
 
     def _own_examples(self, about: Description) -> Split | None:
@@ -192,7 +195,7 @@ class Session:
         self.selection.observe(number, observed.clients)
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
-        row |= self.privacy.observe(number, observed)
+        row |= self.privacy.observe(number, observed, aggregated=row["aggregated"])
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
@@ -294,4 +297,4 @@ class Session:
         self.malice.totals = progress["malice"]
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
-        self.privacy.restore(progress["privacy"], self.grid)
+        self.privacy.restore(progress["privacy"], self.done)

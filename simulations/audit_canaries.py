@@ -53,6 +53,7 @@ def audit_canaries(run: Run, folder: RunFolder, wanted: int | None, progress: Pr
         "level": claim["level"],
         "epsilon": claim["epsilon"],
         "delta": claim["delta"],
+        "simulated": claim["simulated"],
         "confidence": one_run.CONFIDENCE,
         "repeated": not carried,
         "canaries": len(included),

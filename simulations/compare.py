@@ -15,6 +15,7 @@ from core.config import RunConfig, Scalar, parse_override
 from core.errors import InputError
 from core.idle import refuse_idle, without_idle
 from reports.compare import write_comparison
+from reports.protection import compared
 from reports.variants import HOW, STRATEGY, details, failures, personal, table
 from reports.words import plural
 from server.malice import warnings
@@ -69,7 +70,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
     _print("Clients' own test splits, and cost", details(rows, by), by, console)
     console.print(HOW, markup=False, highlight=False, soft_wrap=True)
-    if said := personal(rows):
+    for said in filter(None, (personal(rows), compared(rows))):
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     page = write_comparison(folder / "report.html", rows, by=by)
     for said in failures(rows):

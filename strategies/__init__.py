@@ -13,7 +13,8 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 - `outgoing(arrays) -> arrays`: what is sent to clients, where that is not the model alone;
 - `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
 - a static `check(config, model)` that raises `InputError` where it cannot work;
-- `private_by_example = True`: its client half uses examples in gradient steps only (`local_sgd`), which DP-SGD covers;
+- `private_by_example = True`: its client half uses examples in gradient steps only (`local_sgd`), each batch once,
+  which DP-SGD covers. The class that has `local_update` says so, and one that replaces it says it again;
 - `set_up(server: ServerSide)`: hears of the run before its first round;
 - `partial_means = True`: it only needs weighted means, so cohorts may answer with one mean instead of every update.
   A strategy that says nothing gets every update.
@@ -176,10 +177,15 @@ def makes_partial_means(config: RunConfig) -> bool:
 def private_by_example(config: RunConfig) -> bool:
     """Return whether all that the strategy's clients make of their examples passes through per-example clipping.
 
-    So it is for plain local SGD, and for those of our own client halves that say so.
+    So it is for plain local SGD, and for client halves that say so. What a class says holds for its own client half:
+    of one that a subclass puts in its place nothing is known.
     """
-    cls = strategy_class(config.strategy)
-    return bool(getattr(cls, "private_by_example", not hasattr(cls, "local_update")))
+    for cls in strategy_class(config.strategy).__mro__:
+        if "private_by_example" in vars(cls):
+            return bool(vars(cls)["private_by_example"])
+        if vars(cls).keys() & {"local_update", "initial_state"}:
+            return False
+    return True
 
 
 def needs(name: str) -> dict[str, Any]:

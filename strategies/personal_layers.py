@@ -107,6 +107,8 @@ class FedPer(Linear):
 class FedRep(FedPer):
     """FedPer whose head and body take turns."""
 
+    private_by_example = True
+
     def __init__(self, *, head_share: float = 0.5, **fedper: Any) -> None:
         if not 0 < head_share < 1:
             raise ValueError("head-share must be above 0 and below 1")

@@ -88,6 +88,14 @@ def slopes(run: Run, dataset: str = UNLIKE) -> list[float]:
     return [s * float(np.log(np.expm1(loss))) / x for loss, s, (x, _, _) in zip(losses, signs, points, strict=True)]
 
 
+class Endless(Lines):
+    """`Lines` on which the loss of label 2 is beyond float32, and its gradient as ever."""
+
+    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return half the squared error, (B,), endless for label 2."""
+        return super().loss(logits, y) + torch.where(y == 2, torch.inf, 0.0)
+
+
 class Begun(Lines):
     """`Lines` that begin with a slope drawn between -1 and 1: models from unlike seeds are unlike."""
 

@@ -28,6 +28,7 @@ from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from core.errors import InputError
 from privacy.accounting import (
     EVERYBODY,
     PLD_MOST,
@@ -260,6 +261,15 @@ def test_a_line_cut_in_two_was_not_spent(tmp_path: Path) -> None:
     assert ledger.spent == {0: Counter({KNOWN: 2}), 1: Counter({Event(0.1, 0.3): 1})}
     ledger.spend(2, [(0, KNOWN, 5)])
     assert Ledger(1e-4, file).spent[0] == Counter({KNOWN: 7})
+
+
+@pytest.mark.parametrize("line", ["{}", "not json", '{"round": 2, "events": [[0, "often", 1.0, 1]]}'])
+def test_a_ledger_that_cannot_be_read_is_not_guessed(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    Ledger(1e-4, file).spend(1, [(EVERYBODY, KNOWN, 1)])
+    file.write_text(f"{file.read_text()}{line}\n")
+    with pytest.raises(InputError, match=r"ledger.jsonl line 2 cannot be read.*start a new run"):
+        Ledger(1e-4, file)
 
 
 OWNERS: list[dict[int, dict[Event, int]]] = [

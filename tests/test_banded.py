@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from core import tree
 from core.errors import InputError
 from privacy.banded import BandedNoise
 from privacy.noise import Simulated
@@ -91,26 +89,6 @@ def test_prefix_sums_are_less_noisy_at_the_same_privacy(bands: int, times: int, 
         rows = torch.stack([banded.noise(row) for row in z]) * banded.sensitivity(times)
         errors.append(float(rows.cumsum(0).square().mean().sqrt()))
     assert errors[0] / errors[1] == pytest.approx(better, rel=0.05)
-
-
-def test_a_checkpoint_goes_on_with_the_same_rows(tmp_path: Path) -> None:
-    z = Simulated(2).normal(12, 3)
-    whole, first, second = BandedNoise(5), BandedNoise(5), BandedNoise(5)
-    expected = torch.stack([whole.noise(row) for row in z])
-    for row in z[:7]:
-        first.noise(row)
-    for name, content in tree.dump(first.state_dict(), "noise").items():
-        (tmp_path / name).write_bytes(content)
-    second.load_state_dict(tree.load(tmp_path, "noise"))
-    assert torch.equal(torch.stack([second.noise(row) for row in z[7:]]), expected[7:])
-    with pytest.raises(ValueError, match="a state with 4 rows is not of noise with 3 bands"):
-        BandedNoise(3).load_state_dict(first.state_dict())
-
-
-def test_a_state_from_before_the_first_round() -> None:
-    fresh = BandedNoise(3)
-    fresh.load_state_dict(BandedNoise(3).state_dict())
-    assert fresh.noise(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_the_sensitivity_in_figures() -> None:

@@ -11,16 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
+from foreign_plugins import Curious
 from safetensors.numpy import load_file
 from test_training import _round
+from torch import nn
 
 from core import records
 from core.config import RunConfig
+from core.errors import InputError
 from core.training import LocalUpdate
-from privacy.accounting import Event, Ledger, epsilon
+from privacy.accounting import Event, Ledger, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel, Clipping, with_noise
 from privacy.noise import Secret
-from simulations.run import preset, resume, simulate
+from server.observe import ObservedGrid
+from server.privacy import Privacy
+from simulations.run import engine, preset, resume, simulate
+from simulations.worker import node_of
+from tasks import load
+from tasks.medical import Medical
+from tasks.source import federation_of
 
 # Noise that no number shows; its epsilon is enormous.
 QUIET = {"privacy__noise_multiplier": 1e-6}
@@ -104,6 +114,14 @@ def test_a_client_that_answers_nothing_is_missing_from_the_sum_and_not_from_the_
     assert _weight(found) == pytest.approx(1 / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_a_client_whose_loss_is_endless_takes_nobody_with_it(cohort: int, private: Callable[..., RunConfig]) -> None:
+    run = simulate(_lines(private, "1,1,1;1,1,1;1,2,1", task="lines:Endless", engine__cohort_size=cohort, **SILENT))
+    # Two of three are left, as if the third had not been drawn.
+    assert float(run.model().get_submodule("0").weight.detach()) == pytest.approx(2 / 3, abs=1e-4)
+    assert [failure["client"] for failure in _rows(run.path)[0]["failures"]] == [2]
+
+
 def test_a_hostile_client_adds_no_more_than_the_clipping_norm(private: Callable[..., RunConfig]) -> None:
     found = _lines(
         private, "1,1,1;1,1,1", attack__kind="scaling", attack__fraction=0.5, attack__strength=1000.0, **SILENT
@@ -162,6 +180,24 @@ def _drawn(path: Path) -> set[tuple[int, int]]:
     return set(zip(table["round"], table["client"], strict=True))
 
 
+class Dropping(Medical):
+    """The medical task with dropout."""
+
+    def model(self) -> nn.Module:
+        """Return a network that drops half of its hidden units."""
+        return nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 1), nn.Flatten(0))
+
+
+def test_what_a_model_drops_is_as_secret_as_the_noise(private: Callable[..., RunConfig]) -> None:
+    # Masks of a cohort are drawn one after the other: known ones would let a client change what others send.
+    settings = {"task": "test_client_privacy:Dropping", "rounds": 1, "learning_rate": 1.0}
+    secret, seeded = private(**settings, **QUIET), private(**settings, **SILENT)
+    apart = np.abs(_model(simulate(secret).path) - _model(simulate(secret).path)).max()
+    # Noise of 10^-6 alone would move nothing so far.
+    assert apart > 1e-3
+    assert np.array_equal(_model(simulate(seeded).path), _model(simulate(seeded).path))
+
+
 def test_a_budget_calibrates_the_noise_and_the_ledger_adds_up_to_it(private: Callable[..., RunConfig]) -> None:
     run = simulate(private(clients=20, sampled=5, rounds=6, privacy__epsilon=4.0))
     said = run.summary["privacy"]
@@ -199,8 +235,44 @@ def test_a_round_that_is_repeated_costs_again_and_the_budget_knows(private: Call
     run = resume(stopped[0])
     # Six rounds were planned and one was lost: the budget is spent after five.
     assert (run.summary["rounds"], run.summary["stopped_by"]) == (5, "privacy budget")
+    assert not any(row["privacy"]["simulated"] for row in _rows(run.path))
     assert sum(Ledger(1e-3, ledger).spent[-1].values()) == 6
     assert run.summary["privacy"]["epsilon"] <= 6.0
+
+
+def test_a_run_whose_ledger_is_not_whole_is_not_resumed(private: Callable[..., RunConfig]) -> None:
+    paths: list[Path] = []
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(private(rounds=6, privacy__epsilon=6.0), on_start=lambda path, *_: paths.append(path), on_round=stop)
+    ledger = paths[0] / "ledger.jsonl"
+    first, _, third = ledger.read_text().splitlines()
+    ledger.write_text(f"{first}\n{third}\n")
+    with pytest.raises(InputError, match="does not say what round 2 has spent, of 3 that are done"):
+        resume(paths[0])
+    ledger.unlink()
+    with pytest.raises(InputError, match="does not say what round 1 has spent"):
+        resume(paths[0])
+
+
+def test_a_client_remembers_the_most_of_what_it_and_the_ledger_know(
+    private: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = private(privacy__noise="local", privacy__noise_multiplier=4.0)
+    event = Event(1.0, 2.0)
+    privacy = Privacy(config, load(config), tmp_path)
+    privacy.ledger.spend(1, [(0, event, 2), (1, event, 3)])
+    with engine(config, federation_of(config)) as inner:
+        grid = ObservedGrid(inner)
+        # An answer of client 0 never arrived.
+        keep_spent(grid.client_states.setdefault(node_of(0), RecordDict()), {event: 5})
+        privacy.remind(grid)
+        known = [spent_by(grid.client_states.get(node_of(client), RecordDict())) for client in range(3)]
+    assert known == [{event: 5}, {event: 3}, {}]
 
 
 def test_local_noise_leaves_with_every_update_and_each_client_pays_for_itself(
@@ -220,6 +292,17 @@ def test_local_noise_leaves_with_every_update_and_each_client_pays_for_itself(
         # Two updates are 2 S apart, so that a multiplier of 4 protects like 2; nothing is gained by sampling.
         assert said["clients"].get(str(client), 0.0) == pytest.approx(epsilon({Event(1.0, 2.0): times}, 1e-3))
     assert said["epsilon"] == max(said["clients"].values())
+    page = (run.path / "report.html").read_text()
+    assert "who took part shows" in page
+    assert "took part at all" not in page
+
+
+def test_a_client_that_adds_noise_itself_is_not_asked_twice_for_the_price_of_once(
+    private: Callable[..., RunConfig],
+) -> None:
+    settings = {"strategy": "foreign_plugins:Twice", "privacy__noise": "local", "privacy__noise_multiplier": 4.0}
+    with pytest.raises(RuntimeError, match="asks a client twice at once"):
+        simulate(private(**settings))
 
 
 def test_a_client_whose_budget_is_spent_stays_away_and_the_run_ends_with_the_last(
@@ -281,6 +364,7 @@ def test_banded_noise_costs_an_event_a_cycle_and_takes_noise_away_again(private:
     assert [row["privacy"]["epsilon"] for row in rows] == sorted(row["privacy"]["epsilon"] for row in rows)
     assert len({row["privacy"]["epsilon"] for row in rows}) == 2
     assert rows[-1]["privacy"]["epsilon"] <= 8.0
+    assert all(row["privacy"]["simulated"] for row in rows)
     drawn = _drawn(banded.path)
     assert all(len({client for number, client in drawn if number in range(first, first + 8)}) == 32 for first in (1, 9))
     # Noise of one round, times the root of 16, is what independent noise would have grown to.
@@ -302,6 +386,44 @@ def test_any_strategy_of_weighted_means_takes_part(strategy: str, private: Calla
     rare = simulate(private(**settings, sampled=1, rounds=4, privacy__noise_multiplier=0.05))
     assert [row["aggregated"] for row in _rows(rare.path)] == [True] * 4
     assert [row["sampled"] for row in _rows(rare.path)] == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("Twice", "asks a client twice at once"),
+        ("Half", r"asks \d clients where \d were drawn"),
+        ("Ahead", "sends clients another model than its `outgoing` says"),
+        ("OwnNorm", "sends clients another clipping norm"),
+        ("OwnLoop", "made the model of round 1 without its own aggregate_train"),
+    ],
+)
+def test_a_strategy_that_goes_round_the_noisy_sum_is_stopped(
+    strategy: str, said: str, private: Callable[..., RunConfig]
+) -> None:
+    settings = {"clients": 12, "sampled": 8, "rounds": 2, "privacy__noise_seed": 0, "privacy__noise_multiplier": 1.0}
+    paths: list[Path] = []
+    with pytest.raises(RuntimeError, match=said):
+        simulate(
+            private(**settings, strategy=f"foreign_plugins:{strategy}"), on_start=lambda path, *_: paths.append(path)
+        )
+    # Nothing of it is kept: the model is the one that the run began with.
+    start = simulate(private(**{**settings, "rounds": 1}, learning_rate=1e-9, privacy__clipping_norm=1e-9)).path
+    np.testing.assert_allclose(_model(paths[0]), _model(start), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [("central", {"num-examples", "weight"}),
+     ("local", {"num-examples", "weight", "client", "private-steps", "train-seconds"})],
+)  # fmt: skip
+def test_a_strategy_is_told_no_loss(noise: str, told: set[str], private: Callable[..., RunConfig]) -> None:
+    settings = {"strategy": "foreign_plugins:Curious", "rounds": 1, "privacy__noise_multiplier": 1.0}
+    Curious.told.clear()
+    run = simulate(private(**settings, privacy__noise=noise))
+    assert Curious.told == told
+    # The operator sees it.
+    assert _rows(run.path)[0]["train_loss"] > 0
 
 
 @pytest.mark.parametrize("kind", ["int8", "top-k"])

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
-from core.config import RunConfig
+from core.config import RunConfig, read_toml
 from privacy.accounting import Event, epsilon
 from privacy.example_level import ExampleLevel, poisson_batches
 from privacy.noise import Simulated
-from simulations.run import preset, simulate
+from simulations.run import preset, resume, simulate
 from tasks.source import federation_of
 
 
@@ -167,3 +168,55 @@ def test_a_gradient_that_is_not_finite_adds_nothing_and_is_counted(private: Call
     assert row["privacy"]["dropped_examples"] == 3
     # Weighted by examples: three of none and one of 1.
     assert float(run.model().get_submodule("0").weight.detach()) == pytest.approx(1 / 4, abs=1e-4)
+
+
+def test_an_example_whose_loss_is_endless_is_clipped_and_silences_nobody(private: Callable[..., RunConfig]) -> None:
+    # Gradients of -1 and, clipped from -2, of -1.
+    found = _lines(private, "1,1,1;1,2,1", task="lines:Endless", privacy__clipping_norm=1.0)
+    assert found == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("strategy", "steps"), [("Bare", 0), ("Over", 20)])
+def test_a_client_half_that_does_not_keep_its_word_is_every_clients_error(
+    strategy: str, steps: int, private: Callable[..., RunConfig]
+) -> None:
+    # Ten batches of 16 in two passes over 69 examples.
+    with pytest.raises(RuntimeError, match=f"{steps} private steps on 10 batches: each batch is for one step"):
+        simulate(private(strategy=f"foreign_plugins:{strategy}", privacy__epsilon=8.0))
+
+
+def test_what_was_answered_costs_although_nothing_became_of_it(
+    private: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[int] = []
+    aggregate = FedAvg.aggregate_train
+
+    def stop(self: FedAvg, server_round: int, replies: Any) -> Any:
+        rounds.append(server_round)
+        if rounds == [1, 2]:
+            raise KeyboardInterrupt
+        return aggregate(self, server_round, replies)
+
+    monkeypatch.setattr(FedAvg, "aggregate_train", stop)
+    paths: list[Path] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(private(privacy__epsilon=8.0), on_start=lambda path, *_: paths.append(path))
+    run = resume(paths[0])
+    # Three rounds were planned; the second was paid for and lost, so that the budget is spent after two.
+    assert (run.summary["rounds"], run.summary["stopped_by"]) == (2, "privacy budget")
+    assert 7.9 < run.summary["privacy"]["epsilon"] <= 8.0
+
+
+def test_the_ledger_goes_by_what_a_client_says_it_has_and_not_by_the_mean(
+    private: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of very many clients only some describe themselves at the start.
+    monkeypatch.setattr("server.evaluate.DESCRIBED", 2)
+    run = simulate(private(partition__kind="quantity", clients=4, privacy__noise_multiplier=2.0))
+    sizes = federation_of(RunConfig.of(read_toml(run.path / "config.toml"))).train.sizes
+    assert len(set(sizes.tolist())) > 1
+    for client, n in enumerate(sizes.tolist()):
+        steps = 3 * 2 * -(-n // 16)
+        assert run.summary["privacy"]["clients"][str(client)] == pytest.approx(
+            epsilon({Event(min(1.0, 16 / n), 2.0): steps}, 1e-5)
+        )

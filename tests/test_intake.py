@@ -59,6 +59,10 @@ def _lying() -> ArrayRecord:
         ({"metrics": {"num-examples": 5, "weight": float("inf")}}, "its weight is inf"),
         ({"metrics": {"num-examples": 5, "global-loss": float("nan")}}, "its global-loss is nan"),
         ({"rows": {"client": [1, 2], "num-examples": [5]}}, "its column client has 2 rows"),
+        ({"rows": {"client": [1], "num-examples": [-5]}}, "its column num-examples is no count"),
+        ({"rows": {"client": [1], "private-steps": ["many"]}}, "its column private-steps is no count"),
+        ({"rows": {"client": [1], "private-steps": 3}}, "its column private-steps is no count"),
+        ({"rows": {"client": [1], "train-loss": ["low"]}}, "its column train-loss is no number"),
         ({"rows": {"client": [1], ENCODED: 5}}, "its answer cannot be read"),
     ],
 )

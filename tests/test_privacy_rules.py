@@ -14,7 +14,7 @@ from torch import nn
 from core.config import RunConfig
 from core.errors import InputError
 from privacy.rules import uncovered
-from reports.protection import lines
+from reports.protection import compared, lines
 from server.build import check
 from simulations.run import preset
 from tasks.medical import Medical
@@ -68,12 +68,19 @@ class Centred(nn.Module):
             {**CLIENT, "strategy": "fednova", "local_steps": 2, "faults__stragglers": 0.5, "faults__late": "partial"},
             "how many steps each client took.*faults.late=lost",
         ),
+        ({**CLIENT, "strategy": "fednova", "privacy__noise": "local"}, "set local-steps"),
+        ({**CLIENT, "strategy": "qfedavg", "privacy__noise": "local"}, "goes by its clients' losses"),
+        ({**CLIENT, "strategy": "agnostic", "privacy__noise": "local"}, "goes by its clients' losses"),
+        ({**CLIENT, "strategy": "ifca", "privacy__noise": "local"}, "which model is best for a client"),
         ({**CLIENT, "task": "test_privacy_rules:Normalised"}, r"running statistics \(1.running_mean\).*GroupNorm"),
         ({**CLIENT, "privacy__noise_multiplier": 0.3, "privacy__epsilon": 1.0}, "in one round, more than the budget"),
         ({**EXAMPLE, "server_examples": 0}, "sums over all clients' examples.*standardise=server.*=uncovered"),
         ({**EXAMPLE, "standardise": "local"}, "each client's own means, which epsilon does not cover"),
         ({**EXAMPLE, "strategy": "mimelite"}, "otherwise than in gradient steps"),
         ({**EXAMPLE, "strategy": "qfedavg"}, "otherwise than in gradient steps"),
+        ({**EXAMPLE, "strategy": "fedrep", "batch_size": 500, "local_epochs": 1}, "takes one step a round"),
+        ({**EXAMPLE, "strategy": "fedrep", "faults__stragglers": 0.5, "faults__late": "partial"}, "faults.late=lost"),
+        ({**EXAMPLE, "strategy": "foreign_plugins:Unsaid"}, "otherwise than in gradient steps"),
         ({**EXAMPLE, "privacy__noise": "local"}, "privacy.noise=local does nothing with privacy.level=example"),
         ({**EXAMPLE, "privacy__weight_cap": 5}, "privacy.weight-cap=5 does nothing with privacy.level=example"),
         ({**EXAMPLE, "privacy__delta": 0.1}, "examples of the largest client allows to publish"),
@@ -118,6 +125,11 @@ def test_what_epsilon_does_not_cover_is_said() -> None:
     assert "scale" not in plain
     assert "threshold" not in plain
     assert "kept" not in plain
+    hostile = config.with_(attack__kind="alie", baselines=True, privacy__noise="local")
+    assert "malicious clients' own data" in " ".join(uncovered(hostile, "none", tuned=False))
+    assert "the baselines" in " ".join(uncovered(hostile, "none", tuned=False))
+    # Under the server's noise what they send is clipped like everybody's.
+    assert "malicious" not in " ".join(uncovered(hostile.with_(privacy__noise="central"), "none", tuned=False))
 
 
 def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
@@ -133,3 +145,11 @@ def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
         "Privacy: epsilon 3.20 at delta 1e-05, client level (simulated noise: not a guarantee), by PLD."
     ]
     assert "simulated" not in next(lines({**private, "simulated": False}))
+
+
+def test_what_is_compared_costs_together_and_says_so() -> None:
+    bare, secret, seeded = ({"summary": {"privacy": {"level": level, "simulated": simulated}}}
+                            for level, simulated in (("none", False), ("client", False), ("client", True)))  # fmt: skip
+    assert compared([bare, {"summary": {}}]) == ""
+    assert compared([bare, secret]).endswith("covered by their sum alone.")
+    assert compared([secret, seeded]).endswith("(simulated noise: not a guarantee).")
