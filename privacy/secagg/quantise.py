@@ -23,8 +23,8 @@ import numpy as np
 from core.errors import InputError
 from privacy.secagg.masking import CHUNK, Stream, buffer_of
 
-# Codes are cast through int32.
-MOST_BITS = 31
+# Codes are cast through int32, and may be one too large before they are cut off.
+MOST_BITS = 30
 _DITHER_BITS = 16
 
 

@@ -81,12 +81,14 @@ class Server:
 
     def deliveries(self) -> dict[int, messages.Delivery]:
         """Close `share`; return what to send to whom."""
+        least = self.terms.smallest(len(self._ids))
+        self._close(SHARE, least, "have shared their secrets")
         # Whoever is left with too few neighbours for its masks to be removed cannot go on.
         while alone := [client for client in self._came if self._holders(client) < self._needed]:
             for client in alone:
                 self.refused[client] = "too few of its neighbours have shared their secrets"
                 del self._came[client]
-        self._close(SHARE, self.terms.smallest(len(self._ids)), "have shared their secrets")
+        self._close(SHARE, least, "have neighbours enough that have shared their secrets")
         self._shares = self._came
         self._open(MASK, self.answered[SHARE])
         sealed = {client: self._shares.keys() & set(self._neighbours[client]) for client in self._shares}
