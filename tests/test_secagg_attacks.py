@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from secagg_federation import CONTENT, RUN, Party
 
+from core.seeding import rng
 from privacy.secagg import messages
 from privacy.secagg.client import Client, State
 from privacy.secagg.errors import (
@@ -26,6 +27,7 @@ from privacy.secagg.graph import MALICIOUS, SEMI_HONEST
 from privacy.secagg.keys import Identity, KeyPair, Roster
 from privacy.secagg.messages import ADVERTISE, CONFIRM, MASK, SHARE, UNMASK, Advertisement, Confirmation
 from privacy.secagg.server import Server
+from privacy.secagg.shamir import P, _lagrange
 
 Alter = Callable[[Party, int, Any], Any]
 
@@ -354,6 +356,30 @@ def test_a_request_that_too_few_have_confirmed_gets_no_share(lie: str) -> None:
     _aborts(party, UNMASK, own, alter(party, own, party.until(UNMASK)[own]), error)
 
 
+def test_what_a_client_has_confirmed_it_does_not_take_back() -> None:
+    # All others have signed a list without the victim, to whose secrets this client is to give another kind of share.
+    party = Party(7)
+    own, victim = party.ids[0], party.ids[6]
+    survivors = party.until(CONFIRM)[own]
+    short = replace(survivors, ids=tuple(client for client in survivors.ids if client != victim))
+    party.answer(own, CONFIRM, survivors)
+    signatures = {client: party.answer(client, CONFIRM, short).signature for client in party.ids[1:6]}
+    # Five are as many as it asks for, and all of them are good.
+    _aborts(party, UNMASK, own, messages.UnmaskRequest(1, short.ids, signatures), InconsistentError)
+    request = messages.UnmaskRequest(1, short.ids, signatures)
+    assert len(party.answer(party.ids[1], UNMASK, request).shares) == 7
+
+
+def test_a_client_whose_own_masks_could_not_be_removed_gives_no_share() -> None:
+    party = Party(24, profile=SEMI_HONEST, neighbours=8, threshold=4)
+    request = party.until(UNMASK)[party.ids[0]]
+    own = party.ids[0]
+    near = State.from_bytes(party.states[own]).shares.keys()
+    # Itself and two neighbours.
+    left = sorted([*(set(request.ids) - near), *list(near - {own})[:2], own])
+    _aborts(party, UNMASK, own, replace(request, ids=tuple(left)), TooFewError)
+
+
 def test_only_survivors_confirm_the_survivors() -> None:
     # A client that has dropped out signs whatever the server likes.
     party = Party(7)
@@ -418,24 +444,44 @@ def test_a_client_that_was_thought_lost_and_comes_back_hides_its_vector() -> Non
     assert party.states[late] == State(1).to_bytes()
 
 
-@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("spare", [0, 2])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_a_corrupted_share_makes_no_sum(absent: int, dropped: bool) -> None:
-    # Of seven five are needed: with two absent there is no share to spare, and the commitment tells.
+@pytest.mark.parametrize("crafted", [False, True])
+def test_a_corrupted_share_makes_no_sum(spare: int, dropped: bool, crafted: bool) -> None:
+    # Of seven five are needed. Where there is no share to spare, noise still makes no limb of 16 bits; what a client
+    # makes up so that a limb is one more than it was is found by the commitment, or by the public key.
     party = Party(7)
-    lost = {MASK: party.ids[:1]} if dropped else {}
-    outgoing = party.until(UNMASK, lost)
-    answering = [client for client in outgoing if client not in party.ids[1 : 1 + max(0, absent - dropped)]]
-    assert len(answering) == 7 - max(absent, int(dropped))
-    for i, client in enumerate(answering):
+    owner = party.ids[0]
+    outgoing = party.until(UNMASK, {MASK: [owner]} if dropped else {})
+    answering = [client for client in outgoing if client != owner][: 5 + (1 if dropped and spare else spare)]
+    places = [sorted(party.ids).index(client) + 1 for client in answering]
+    first = tuple(sorted(places)[:5])
+    liar = answering[places.index(first[2])]
+    one_more, noise = pow(int(_lagrange(first)[2]), -1, P), rng(0, "noise").integers(0, P, 16)
+    for client in answering:
         answer = party.answer(client, UNMASK, outgoing[client])
-        if i == 2:
-            owner = party.ids[0]
-            share = np.frombuffer(answer.shares[owner], "<u4") + np.array([1] + [0] * 15, dtype=np.uint32)
-            answer = replace(answer, shares={**answer.shares, owner: share.tobytes()})
+        if client == liar:
+            share = np.frombuffer(answer.shares[owner], "<u4").astype(np.uint64)
+            share = (share + np.array([0, one_more] + [0] * 14, dtype=np.uint64)) % P if crafted else noise
+            answer = replace(answer, shares={**answer.shares, owner: share.astype("<u4").tobytes()})
         assert party.send(client, UNMASK, answer)
-    with pytest.raises(ForgedError, match=r"contradict|make none|than it has"):
+    with pytest.raises(ForgedError, match="contradict" if spare else "than it has" if crafted else "make none"):
         party.server.total()
+
+
+def test_who_has_dropped_out_does_not_come_back() -> None:
+    party = Party(7)
+    gone, *others = party.ids
+    outgoing = party.until(MASK, {SHARE: [gone]})
+    vector = np.ones(7, dtype="<u4").tobytes()
+    assert not party.send(gone, MASK, messages.Masked(1, gone, vector))
+    party.run(MASK, outgoing)
+    survivors = party.outgoing(CONFIRM)
+    signed = Confirmation.signed_part(party.server._context, survivors[others[0]].ids)
+    assert not party.send(gone, CONFIRM, Confirmation(1, gone, party.identities[gone].sign(signed)))
+    party.run(CONFIRM, survivors)
+    party.run(UNMASK, party.outgoing(UNMASK))
+    assert party.server.total().tolist() == party.expected(others)
 
 
 WRONG: dict[str, Callable[[Any], Any]] = {
