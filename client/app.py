@@ -11,9 +11,10 @@ from flwr.clientapp import ClientApp
 
 from client.evaluate import evaluate, statistics
 from client.replies import Reply, merged, refused
-from client.setting import client_of
+from client.setting import open_setting
 from client.train import train
 from core import records
+from core.records import client_of
 
 
 class CohortApp(ClientApp):
@@ -47,10 +48,23 @@ class CohortApp(ClientApp):
             return [([0], refused(f"client {client_of(contexts[0])}: {type(error).__name__}: {error}"))]
 
 
+def _secure(message_type: str) -> Callable[[RecordDict, Sequence[Context]], list[Reply]]:
+    """Return what answers one of secure aggregation's messages."""
+
+    def answer(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+        secure = open_setting(contexts).secure
+        if secure is None:
+            raise ValueError("this run has no secure aggregation (secure-aggregation.profile=none)")
+        return secure.answer(message_type, content, contexts)
+
+    return answer
+
+
 HANDLERS: dict[str, Callable[[RecordDict, Sequence[Context]], list[Reply]]] = {
     "train": train,
     "evaluate": evaluate,
     records.QUERY_STATISTICS: statistics,
+    **{message_type: _secure(message_type) for message_type in records.SECURE_STAGES},
 }
 app = CohortApp()
 
@@ -63,4 +77,5 @@ def _one(message: Message, context: Context) -> Message:
 
 app.train()(_one)
 app.evaluate()(_one)
-app.query(records.QUERY_STATISTICS.removeprefix("query."))(_one)
+for message_type in (records.QUERY_STATISTICS, *records.SECURE_STAGES):
+    app.query(message_type.removeprefix("query."))(_one)

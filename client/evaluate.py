@@ -12,13 +12,14 @@ from torch.func import functional_call
 
 from client import replies
 from client.replies import Reply
-from client.setting import Setting, client_of, epochs_of, inputs, open_setting, received
+from client.setting import Setting, epochs_of, inputs, open_setting, received
 from core import adversary, records
 from core.metrics import score_counts, score_each, weighted_means
 from core.optimizers import learning_rate, make_optimizer
-from core.records import Tensors
+from core.records import Tensors, client_of
 from core.seeding import seeds
 from core.training import LocalRound, LocalUpdate, assemble, local_sgd, train_each
+from privacy.secagg.rounds import SIZE_CLASSES
 from tasks import standardise
 from tasks.base import predict, probabilities
 
@@ -108,17 +109,35 @@ def _predict_each(setting: Setting, params: Tensors, x: np.ndarray, sizes: Seque
 
 
 def statistics(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
-    """Return how many examples of each label a client has, and the sums that standardisation needs; never a row."""
+    """Return how many examples of each label a client has, and the sums that standardisation needs; never a row.
+
+    Under secure aggregation a client says who it is, and what it has only as a part of everybody's sum.
+    """
     setting = open_setting(contexts)
+    clients = [client_of(context) for context in contexts]
+    if setting.secure and records.SECURE in content:
+        return setting.secure.masked_statistics([_summed(setting, client) for client in clients], content, contexts)
     answers: list[Reply] = []
-    for i, context in enumerate(contexts):
-        client = client_of(context)
-        splits = setting.data.client(client)
-        metrics: dict[str, Any] = {
-            records.SIZES: [len(split) for split in splits.values()],
-            records.LABEL_COUNTS: np.bincount(splits["train"].y, minlength=len(setting.task.labels)).tolist(),
-        }
-        if setting.task.standardise in ("federated", "local"):
-            metrics |= standardise.statistics(splits["train"].x)
+    for i, client in enumerate(clients):
+        metrics: dict[str, Any] = {} if setting.secure else _statistics(setting, client)
         answers.append(([i], replies.answer(metrics, {records.CLIENT: [client], "name": setting.data.name(client)})))
     return answers
+
+
+def _statistics(setting: Setting, client: int) -> dict[str, list[Any]]:
+    splits = setting.data.client(client)
+    metrics: dict[str, Any] = {
+        records.SIZES: [len(split) for split in splits.values()],
+        records.LABEL_COUNTS: np.bincount(splits["train"].y, minlength=len(setting.task.labels)).tolist(),
+    }
+    if setting.task.standardise in ("federated", "local"):
+        metrics |= standardise.statistics(splits["train"].x)
+    return metrics
+
+
+def _summed(setting: Setting, client: int) -> list[float]:
+    """Return a client's statistics as one list of numbers, and in which power of two its training examples lie."""
+    metrics = _statistics(setting, client)
+    classes = np.zeros(SIZE_CLASSES)
+    classes[int(metrics[records.SIZES][0]).bit_length()] = 1
+    return [*classes.tolist(), *(number for column in metrics.values() for number in column)]

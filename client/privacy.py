@@ -13,10 +13,10 @@ from core.batches import Batches
 from core.config import RunConfig
 from core.training import LocalRound, LocalUpdate
 from privacy.accounting import Event, epsilon, keep_spent, spent_by
-from privacy.client_level import ClientLevel, Clipping, local_event, with_noise
+from privacy.client_level import ClientLevel, Clipping, with_noise
 from privacy.dpsgd import PrivateSteps
 from privacy.example_level import ExampleLevel, poisson_batches
-from privacy.noise import source
+from privacy.noise import Source, source
 
 
 class ClientPrivacy:
@@ -28,7 +28,7 @@ class ClientPrivacy:
         self._examples = ExampleLevel(config) if own.level == "example" else None
         self._clients = ClientLevel.of(config) if own.level == "client" else None
         self._clipping = Clipping(self._clients) if self._clients else None
-        self._local = own.noise == "local"
+        self._own_event = self._clients.own_event if self._clients else None
 
     @staticmethod
     def of(config: RunConfig) -> ClientPrivacy | None:
@@ -49,7 +49,7 @@ class ClientPrivacy:
         """Return what a round costs a client that has so many examples; nothing where the server accounts."""
         if self._examples and size:
             return Counter(self._examples.cost(size))
-        return Counter({local_event(self._clients.noise_multiplier): 1} if self._clients and self._local else {})
+        return Counter({self._own_event: 1} if self._own_event else {})
 
     def seeds(self, clients: Sequence[int]) -> tuple[int, ...] | None:
         """Return secret seeds for what the clients' models draw; None where a run is to repeat.
@@ -60,6 +60,10 @@ class ClientPrivacy:
         if not self._source.guaranteed:
             return None
         return tuple((self._source.uniform(len(clients)) * 2.0**53).long().tolist())
+
+    def source(self, *path: int | str) -> Source:
+        """Return where noise comes from that stands for these names."""
+        return self._source.at(*path)
 
     def batches(self, server_round: int, clients: Sequence[int], sizes: Sequence[int]) -> Batches | None:
         """Return Poisson batches for a round; None where examples are not hidden and any batches will do."""
@@ -99,7 +103,7 @@ class ClientPrivacy:
         if self._clipping is None:
             return update
         update = self._clipping(update, r)
-        if not self._local:
+        if self._config.privacy.noise != "local":
             return update
         assert self._clients is not None
         sources = [self._source.at("update", server_round, client) for client in clients]
@@ -118,7 +122,7 @@ class ClientPrivacy:
                 taken = int(r.private.taken.max())
                 raise RuntimeError(f"{taken} private steps on {int(drawn.max())} batches: each batch is for one step")
             return {records.PRIVATE_STEPS: r.private.taken.tolist(), records.DROPPED: r.private.dropped.tolist()}
-        return {records.PRIVATE_STEPS: [1] * len(r.sizes)} if self._local else {}
+        return {records.PRIVATE_STEPS: [1] * len(r.sizes)} if self._own_event else {}
 
     def note(self, contexts: Sequence[Context], sizes: Sequence[int], taken: Mapping[str, Sequence[int]]) -> None:
         """Let each client remember what it has spent."""

@@ -73,8 +73,12 @@ def of_update(
     groups = [together] if partial and together else [[i] for i in together]
     groups += [[i] for i in np.flatnonzero(hostile).tolist()]
     replies: list[Reply] = [(group, _trained(update, group, clients, sizes, columns, encoded)) for group in groups]
-    broken = np.flatnonzero(~good & ~hostile).tolist()
-    return replies + [([i], refused(f"client {clients[i]}: {NOT_FINITE}")) for i in broken]
+    return replies + not_finite(clients, good | hostile)
+
+
+def not_finite(clients: Sequence[int], sound: np.ndarray) -> list[Reply]:
+    """Return the errors of those clients (C,) bool that are not sound."""
+    return [([i], refused(f"client {clients[i]}: {NOT_FINITE}")) for i in np.flatnonzero(~sound).tolist()]
 
 
 def _trained(

@@ -13,6 +13,7 @@ from torch import nn
 
 from client.attacks import Attack
 from client.privacy import ClientPrivacy
+from client.secure import SecureClients
 from core import bundle, records
 from core.batches import Batches, plan, stream
 from core.compression import Compressor
@@ -52,6 +53,7 @@ class Setting:
     processors: Sequence[Processor]
     privacy: ClientPrivacy | None
     compressor: Compressor | None
+    secure: SecureClients | None
 
     def with_past(self, r: LocalRound, contexts: Sequence[Context]) -> LocalRound:
         """Return the round with what its clients have kept: the strategy's state and the processors'."""
@@ -74,18 +76,13 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> Setting:
     return Setting(
         config, task, model, federation_of(config), records.travelling(model), half, half.sends(model, half.options),
         devices_of(config), Attack.of(config), processors_of(config), ClientPrivacy.of(config),
-        Compressor(config) if config.compression.kind != "none" else None,
+        Compressor(config) if config.compression.kind != "none" else None, SecureClients.of(config),
     )  # fmt: skip
 
 
 def open_setting(contexts: Sequence[Context]) -> Setting:
     """Return the setting that the contexts' run configuration describes."""
     return _setting(tuple(sorted(contexts[0].run_config.items())))
-
-
-def client_of(context: Context) -> int:
-    """Return the client's number, from 0."""
-    return int(context.node_config["partition-id"])
 
 
 def inputs(

@@ -12,11 +12,11 @@ from flwr.app import ArrayRecord, Context, RecordDict
 
 from client import replies
 from client.replies import Reply
-from client.setting import Setting, batches_of, client_of, inputs, note_batches, open_setting, received
+from client.setting import Setting, batches_of, inputs, note_batches, open_setting, received
 from core import adversary, bundle, compression, records
 from core.devices import Work
 from core.optimizers import learning_rate, make_optimizer
-from core.records import Tensors
+from core.records import Tensors, client_of
 from core.seeding import seeds
 from core.training import LocalRound, LocalUpdate, assemble, train_each
 
@@ -81,9 +81,12 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
     if work:
         columns[records.VIRTUAL_SECONDS] = work.seconds[at].tolist()
     partial = bool(this.config.get(records.PARTIAL_MEAN))
-    answers = replies.of_update(update, clients, r.sizes, columns, partial, hostile, None if partial else encoded)
-    if setting.attack:
-        setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
+    if setting.secure:
+        answers = _masked(setting, this, update, r, content, own)
+    else:
+        answers = replies.of_update(update, clients, r.sizes, columns, partial, hostile, None if partial else encoded)
+        if setting.attack:
+            setting.attack.spoil([answer for positions, answer in answers if hostile[positions[0]]])
     sound = {i for positions, answer in answers if isinstance(answer, RecordDict) for i in positions}
     keep = sorted(sound)
     note_batches(setting.config, [own[i] for i in keep], r.batches.steps[keep].tolist())
@@ -93,6 +96,18 @@ def train(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         state = {kind: {name: t[keep] for name, t in kept.items()} for kind, kept in state.items()}
     bundle.write_state([own[i] for i in keep], state)
     return [([at[i] for i in positions], answer) for positions, answer in answers] + absent
+
+
+def _masked(
+    setting: Setting, this: _Round, update: LocalUpdate, r: LocalRound, content: RecordDict, contexts: Sequence[Context]
+) -> list[Reply]:
+    """Return the cohort's answers under secure aggregation: vectors of which the server learns the sum alone."""
+    assert setting.secure is not None
+    sound = replies.finite(update)
+    origin = {name: p.cpu().numpy() for name, p in this.params.items()}
+    noise = setting.privacy.source() if setting.privacy else None
+    answers = setting.secure.masked(update, origin, setting.sends, r.sizes, content, contexts, sound, noise)
+    return answers + replies.not_finite([client_of(context) for context in contexts], sound)
 
 
 def _work(setting: Setting, clients: Sequence[int], this: _Round) -> Work | None:

@@ -28,6 +28,7 @@ from core.sections import (
     Privacy,
     Sampling,
     Section,
+    SecureAggregation,
     hyphens,
 )
 
@@ -95,6 +96,7 @@ class RunConfig(Section):
     attack: Attack = Attack()
     compression: Compression = Compression()
     privacy: Privacy = Privacy()
+    secure_aggregation: SecureAggregation = SecureAggregation()
     audit: Audit = Audit()
     processors: str = Field(
         "", description="Update processors after our own, in this order: entry points or module:attr, with commas."

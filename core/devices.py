@@ -19,6 +19,8 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.seeding import uniforms
 
+# Where a client may drop out of a round; only secure aggregation has others than train.
+STAGES = ("advertise", "share", "train", "confirm", "unmask")
 COLUMNS = ("seconds_per_example", "uplink_bytes_per_second", "downlink_bytes_per_second", "availability")
 
 
@@ -76,7 +78,7 @@ class Devices:
         draw = functools.partial(uniforms, seed, clients=at)
         full, examples = full_work(self._config, np.asarray(sizes))
         gone = draw("available", server_round) >= self.columns["availability"][at]
-        lost = draw("dropout", server_round) < faults.dropout
+        lost = dropped(self._config, "train", server_round, at)
         slow = draw("straggler", server_round) < faults.stragglers
         epochs = 1 if self._config.local_steps else self._config.local_epochs
         # FedProx, section 5.2: a straggler has time for a number of epochs drawn uniformly from those asked for.
@@ -107,6 +109,16 @@ class Devices:
             for g, d, s, n in zip(gone, lost, late, full, strict=True)
         ]  # fmt: skip
         return Work(np.where(gone | lost | late, 0, done), seconds, reasons)
+
+
+def dropped(config: RunConfig, stage: str, server_round: int, clients: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return which clients drop out of a round at this of its messages, (C,) bool."""
+    faults = config.faults
+    lost: np.ndarray = uniforms(config.seed, "dropout", server_round, clients=clients) < faults.dropout
+    if faults.stage == "any":
+        drawn = uniforms(config.seed, "stage", server_round, clients=clients) * len(STAGES)
+        return lost & (drawn.astype(np.int64) == STAGES.index(stage))
+    return lost & (faults.stage == stage)
 
 
 def full_work(config: RunConfig, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -99,6 +99,15 @@ ACTS = {
         ("privacy.noise", "privacy.mechanism", "privacy.clipping", "privacy.weight-cap", "privacy.population"),
         _with("privacy.level", "client"),
     ),
+    **dict.fromkeys(
+        (
+            "faults.stage", *(f"secure-aggregation.{key}" for key in (
+                "bits", "clip", "min-cohort", "dropout-tolerance", "corrupt", "groups", "roster", "stage-seconds",
+            )),
+        ),
+        _unless("secure-aggregation.profile", "none"),
+    ),
+    "secure-aggregation.threshold": _with("secure-aggregation.profile", "semi-honest"),
     "privacy.clipping-quantile": _with("privacy.clipping", "adaptive"),
     "privacy.clipping-rate": _with("privacy.clipping", "adaptive"),
     "engine.gpus-per-worker": _unless("engine.workers", 0),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 # Names of records inside a message.
@@ -49,8 +49,15 @@ SIZES = "sizes"
 CONSTANTS = "constants."
 # What a client reveals about its inputs so that all can standardise alike: sums and counts.
 INPUT_SUM, INPUT_SQUARES, INPUT_COUNT = "input-sum", "input-squares", "input-count"
+# Secure aggregation: the record with a client's part of a message, and what all of a round must know to add up.
+SECURE = "secure-aggregation"
+PART = "part"
+COHORT, LARGEST_WEIGHT = "secure-cohort", "secure-largest-weight"
 # Message types beside Flower's train and evaluate.
 QUERY_STATISTICS = "query.statistics"
+QUERY_ADVERTISE, QUERY_SHARE, QUERY_CONFIRM, QUERY_UNMASK = SECURE_STAGES = (
+    "query.advertise", "query.share", "query.confirm", "query.unmask",
+)  # fmt: skip
 
 # Numbers of a reply that add up where replies are merged; every other metric is a mean.
 SUMMED = (NUM_EXAMPLES, WEIGHT, SCORE_COUNTS)
@@ -160,6 +167,11 @@ def metrics_of(content: RecordDict) -> dict[str, Any]:
     return dict(next(iter(content.metric_records.values()), MetricRecord()))
 
 
+def client_of(context: Context) -> int:
+    """Return the client's number, from 0."""
+    return int(context.node_config["partition-id"])
+
+
 def server_round(content: RecordDict) -> int | None:
     """Return the round that Flower's strategies write into the outgoing config; None where there is none."""
     return config_of(content).get(SERVER_ROUND)
@@ -188,7 +200,7 @@ class WeightedMean:
                 self._total[name] = np.asarray(share)
 
     def mean(self) -> dict[str, np.ndarray]:
-        """Return the means, float64."""
+        """Return the means, float64; none where nothing was added."""
         return {name: total / self._weight for name, total in self._total.items()}
 
 

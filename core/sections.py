@@ -115,6 +115,9 @@ class Devices(Section):
 
 class Faults(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a sampled client's answer is lost.")
+    stage: Literal["train", "advertise", "share", "confirm", "unmask", "any"] = Field(
+        "train", description="For secure aggregation: at which message a client drops out; any draws one for each."
+    )
     stragglers: float = Field(
         0.0, ge=0, le=1, description="Probability that a sampled client has time for only part of its epochs."
     )
@@ -199,4 +202,37 @@ class Audit(Section):
         ge=0,
         description="Canaries that a private run carries, so that its noise can be measured; 1000 is usual, and the "
         "model is not for use.",
+    )
+
+
+class SecureAggregation(Section):
+    profile: Literal["none", "auto", "malicious", "semi-honest"] = Field(
+        "none",
+        description="Whether the server learns no more of updates than their sum, against a server that may lie "
+        "(malicious) or one that keeps to the protocol (semi-honest); auto is malicious up to 128 clients a round.",
+    )
+    bits: int = Field(
+        32, ge=8, le=32, description="Bits of the ring in which sums are taken; each number travels in so many."
+    )
+    clip: float = Field(
+        100.0, gt=0, description="Largest L2 norm of an update: longer ones are cut to it, and how many is reported."
+    )
+    threshold: int = Field(
+        0, ge=0, description="For semi-honest: how many shares open a mask; 0 is the least that is safe enough."
+    )
+    min_cohort: int = Field(3, ge=3, description="The smallest number of clients whose sum the server may see.")
+    dropout_tolerance: float = Field(
+        0.1, ge=0, lt=1, description="Share of a round's clients that may drop out without losing its sum."
+    )
+    corrupt: float = Field(
+        0.1, ge=0, lt=1, description="Share of a round's clients that may work for a server that spies."
+    )
+    groups: int = Field(
+        1, ge=1, description="Sums a round, of random groups of clients: robust strategies choose among their means."
+    )
+    roster: str = Field(
+        "", description="File with the clients' public keys (`fedra identities`); empty makes simulated ones."
+    )
+    stage_seconds: float = Field(
+        60.0, gt=0, description="Seconds that clients of a deployment have for each message beside training."
     )

@@ -47,6 +47,8 @@ class Event:
 
     rate: float
     noise_multiplier: float
+    moments: bool = False
+    """Whether it is another mechanism, whose Renyi moments at `ORDERS` are no larger than that Gaussian's."""
 
 
 Spent = Mapping[Event, int]
@@ -62,7 +64,7 @@ def epsilon(spent: Spent, delta: float) -> float:
 @functools.lru_cache(maxsize=4096)
 def _epsilon(counts: tuple[tuple[Event, int], ...], delta: float) -> float:
     bound = by_moments(dict(counts), delta)
-    if bound > PLD_MOST:
+    if bound > PLD_MOST or any(event.moments for event, _ in counts):
         return bound
     if all(event.rate >= 1 for event, _ in counts):
         # Gaussians on the same data are one Gaussian, whose losses are known exactly (Balle and Wang, ICML 2018).
@@ -103,24 +105,27 @@ def _moments(event: Event) -> np.ndarray:
     return moments
 
 
-def accountant(found: float) -> str:
-    """Return the name of the method that gave an epsilon."""
-    return "RDP" if found > PLD_MOST else "PLD"
+def accountant(found: float, spent: Iterable[Spent] = ()) -> str:
+    """Return the name of the method that gave an epsilon for these events."""
+    return "RDP" if found > PLD_MOST or any(event.moments for own in spent for event in own) else "PLD"
 
 
 @functools.lru_cache(maxsize=1024)
-def calibrate(rate: float, count: int, target: float, delta: float) -> float:
-    """Return the smallest noise multiplier, up to its digits, at which `count` events stay within (target, delta)."""
+def calibrate(rate: float, count: int, target: float, delta: float, *, moments: bool = False) -> float:
+    """Return the smallest noise multiplier, up to its digits, at which `count` events stay within (target, delta).
+
+    With `moments` the events are known by their moments alone.
+    """
     from scipy.optimize import brentq
 
     def over(logarithm: float) -> float:
-        found = epsilon({Event(rate, math.exp(logarithm)): count}, delta)
+        found = epsilon({Event(rate, math.exp(logarithm), moments): count}, delta)
         return math.log(max(found, 1e-9) / target)
 
     # Everybody in everything is one Gaussian. Many samples come near one (Bu et al., 2020): only where to begin.
     deviation = _gaussians().get_sigma_gaussian(target, delta)
     root = math.log(deviation * math.sqrt(count))
-    if rate < 1:
+    if rate < 1 or moments:
         low = high = -0.5 * math.log(math.log1p(1 / (rate * deviation) ** 2 / count))
         while over(high) > 0:
             low, high = high, high + STEP
@@ -128,7 +133,7 @@ def calibrate(rate: float, count: int, target: float, delta: float) -> float:
             low, high = low - STEP, low
         root = brentq(over, low, high, xtol=10.0**-DIGITS / 10) if over(low) > 0 else low
     units = math.ceil(math.exp(root) * 10**DIGITS)
-    while epsilon({Event(rate, units / 10**DIGITS): count}, delta) > target:
+    while epsilon({Event(rate, units / 10**DIGITS, moments): count}, delta) > target:
         units += 1
     return units / 10**DIGITS
 
@@ -143,7 +148,7 @@ def _gaussians() -> Any:
 def spent_by(state: RecordDict) -> Counter[Event]:
     """Return what a client has spent, as it stands in its own `Context.state`."""
     kept: Mapping[str, Any] = state.config_records.get(STATE, {})
-    events = map(Event, kept.get("rate", []), kept.get("noise-multiplier", []))
+    events = map(Event, kept.get("rate", []), kept.get("noise-multiplier", []), kept.get("moments", []))
     return Counter(dict(zip(events, kept.get("count", []), strict=True)))
 
 
@@ -152,6 +157,7 @@ def keep_spent(state: RecordDict, spent: Spent) -> None:
     state[STATE] = ConfigRecord({
         "rate": [event.rate for event in spent],
         "noise-multiplier": [event.noise_multiplier for event in spent],
+        "moments": [event.moments for event in spent],
         "count": list(spent.values()),
     })  # fmt: skip
 
@@ -185,8 +191,8 @@ class Ledger:
         try:
             row = json.loads(line)
             self._rounds.add(int(row["round"]))
-            for owner, rate, noise_multiplier, count in row["events"]:
-                self._add(int(owner), Event(float(rate), float(noise_multiplier)), int(count))
+            for owner, rate, noise_multiplier, count, *moments in row["events"]:
+                self._add(int(owner), Event(float(rate), float(noise_multiplier), moments == [True]), int(count))
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"{self.file} line {number} cannot be read, and what the run has spent is not known without it; start "
@@ -200,7 +206,10 @@ class Ledger:
         for owner, event, count in events:
             self._add(owner, event, count)
         if self.file is not None:
-            rows = [[owner, event.rate, event.noise_multiplier, count] for owner, event, count in events]
+            rows = [
+                [owner, event.rate, event.noise_multiplier, count, *([True] if event.moments else [])]
+                for owner, event, count in events
+            ]
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": server_round, "events": rows}) + "\n")
                 file.flush()

@@ -9,7 +9,8 @@ sampled / clients; updates are clipped to the norm S; the new model is that of t
 divided by the expected number, so that one client changes the sum by S and nothing else: a round without anybody is
 noise. What travels beside the model (scaffold's controls) is one vector with it. Under local noise each client adds
 N(0, (z S)^2 I) to its own update before it leaves; the server sees who sent what, so nothing is gained by sampling, and
-two updates may differ by 2 S. Adaptive clipping is Andrew et al., NeurIPS 2021, equation 4 and algorithm 1.
+two updates may differ by 2 S. Under distributed noise each adds a share inside secure aggregation, and the sum holds
+all of it (privacy/secagg/distributed.py). Adaptive clipping is Andrew et al., NeurIPS 2021, equation 4 and algorithm 1.
 
 A run may stand for a deployment with more clients, of whom the same share takes part in a round: the noise of its sum
 is z S clients / population, so that its mean is as noisy as one of q population clients would be (the noise cohort of
@@ -58,6 +59,8 @@ class ClientLevel:
         z = own.noise_multiplier
         if not z and own.noise == "local":
             z = 2 * calibrate(1.0, planned(config.rounds, rate), own.epsilon, own.delta)
+        elif not z and own.noise == "distributed":
+            z = calibrate(1.0, planned(config.rounds, rate), own.epsilon, own.delta, moments=True)
         elif not z and own.mechanism == "banded":
             b = bands(config)
             z = calibrate(1.0, math.ceil(config.rounds / b), own.epsilon, own.delta) * BandedNoise(b).sensitivity(1)
@@ -107,6 +110,17 @@ class ClientLevel:
         """Return b, the rounds in which every client takes part once (sampling.kind=cyclic)."""
         return bands(self.config)
 
+    @property
+    def own_event(self) -> Event | None:
+        """Return what taking part costs a client that adds noise itself; None where the server adds it.
+
+        Two updates with noise of their own may be 2 S apart; inside a sum an update may be there or zero.
+        """
+        z = self.noise_multiplier
+        return {"central": None, "local": Event(1.0, z / 2), "distributed": Event(1.0, z, moments=True)}[
+            self.config.privacy.noise
+        ]
+
     def costs(self, server_round: int, *, repeated: bool = False) -> Iterator[tuple[int, Event, int]]:
         """Yield what the server's noise in a round costs, for all clients alike.
 
@@ -134,11 +148,6 @@ def bands(config: RunConfig) -> int:
 def banded_event(noise_multiplier: float, count: int) -> Event:
     """Return the event of a client's one participation under noise of `count` bands."""
     return Event(1.0, noise_multiplier / BandedNoise(count).sensitivity(1))
-
-
-def local_event(noise_multiplier: float) -> Event:
-    """Return the event of one update that leaves with noise of its own: two updates may be 2 S apart."""
-    return Event(1.0, noise_multiplier / 2)
 
 
 def planned(rounds: int, rate: float) -> int:

@@ -21,12 +21,12 @@ from core.records import travelling
 from core.steps import Loss
 from privacy.accounting import epsilon
 from privacy.audit.canaries import most
-from privacy.client_level import ClientLevel, local_event
+from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 from privacy.per_example import fitness
 
 # By what else than updates these move the model. Other strategies that do find nothing there, and fail.
-_MOVED_BY = {
+MOVED_BY = {
     "qfedavg": "its clients' losses",
     "agnostic": "its clients' losses",
     "ifca": "which model is best for a client",
@@ -125,10 +125,10 @@ def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
 
 def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
     own, sampling = config.privacy, config.sampling
-    if own.noise == "distributed":
+    if own.noise == "distributed" and config.secure_aggregation.profile == "none":
         yield (
-            "privacy.noise=distributed adds noise inside secure aggregation, which this version does not have yet; "
-            "choose privacy.noise=central or local."
+            "privacy.noise=distributed adds each client's share of noise inside secure aggregation; set "
+            "secure-aggregation.profile=auto, or privacy.noise=central or local."
         )
     yield from delta_too_large(own.delta, max(config.clients, own.population), "clients")
     if config.strategy == "fednova" and (not config.local_steps or config.faults.late == "partial"):
@@ -136,8 +136,8 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all, "
             "and faults.late=lost."
         )
-    if own.noise == "local":
-        if told := _MOVED_BY.get(config.strategy):
+    if own.noise != "central":
+        if told := MOVED_BY.get(config.strategy):
             yield (
                 f"strategy {config.strategy} goes by {told}, which clients' noise does not cover; choose fedavg, "
                 "fedprox, a server optimiser or a robust rule."
@@ -221,8 +221,8 @@ def _affordable(config: RunConfig, subject: Subject) -> None:
     if own.level == "client":
         found = ClientLevel.of(config)
         costs = [{event: count} for _, event, count in found.costs(1)]
-        if own.noise == "local":
-            costs = [{local_event(found.noise_multiplier): 1}]
+        if event := found.own_event:
+            costs = [{event: 1}]
     else:
         costs = ExampleLevel(config).round_costs(subject.sizes)
     least = min(epsilon(cost, own.delta) for cost in costs)

@@ -13,6 +13,7 @@ from core.config import RunConfig
 from server.build import check
 from server.observe import ObservedGrid
 from server.recorder import RunFolder
+from server.secure_grid import SecureGrid
 from server.session import OnRound, Session
 
 NODES_SECONDS = 60.0
@@ -54,7 +55,8 @@ def train(
 
     Interrupting (KeyboardInterrupt) and failing both leave a valid folder; then the exception goes on.
     """
-    session = Session(ObservedGrid(grid), config, folder, on_round)
+    secure = SecureGrid(grid, config) if config.secure_aggregation.profile != "none" else None
+    session = Session(ObservedGrid(secure or grid), config, folder, on_round)
     status, error = "failed", ""
     try:
         session.run()

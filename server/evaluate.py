@@ -17,6 +17,7 @@ from core.data import Split
 from core.metrics import best_threshold, score, spread, weighted_means
 from core.records import Columns
 from core.seeding import rng
+from privacy.secagg.rounds import SIZE_CLASSES
 from server.malice import backdoor_success
 from server.observe import ObservedGrid
 from tasks import standardise
@@ -53,9 +54,11 @@ class Description:
     constants: dict[str, list[float]]
     order: dict[int, int]
     """Client number by node id."""
+    together: bool = False
+    """Whether sizes and label counts have one row, which is of all clients together."""
 
     def heterogeneity(self, task: Task) -> dict[str, Any]:
-        """Return what heterogeneity.json holds: a row for each client that described itself."""
+        """Return what heterogeneity.json holds: a row for each client that described itself, or one of all."""
         splits = dict(zip(("train", "validation", "test"), zip(*self.sizes, strict=True), strict=True))
         return {
             "labels": task.labels,
@@ -63,11 +66,14 @@ class Description:
             "names": self.names,
             "label_counts": self.label_counts,
             "sizes": splits,
+            "together": self.together,
         }
 
     def training_sizes(self, clients: int) -> np.ndarray:
         """Return every client's training examples, (clients,) int64: the mean where one did not describe itself."""
         described = np.array([sizes[0] for sizes in self.sizes])
+        if self.together:
+            return np.full(clients, round(described.sum() / clients))
         sizes = np.full(clients, round(described.mean()))
         sizes[list(self.order.values())] = described
         return sizes
@@ -105,20 +111,48 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
     numbers = [client for client, *_ in rows]
     if len(set(numbers)) < len(numbers) or not all(0 <= client < config.clients for client in numbers):
         raise RuntimeError(f"clients say that their numbers are {numbers[:5]}...; each must have one of its own from 0")
+    order = {node: client for client, _, _, node in rows}
+    described = [metrics for _, _, metrics, _ in rows]
+    if grid.secure is not None:
+        described = [_summed(grid, config, task, order)]
     constants: dict[str, list[float]] = {}
     if task.standardise == "server":
         own = federation_of(config).server
         assert own is not None
         constants = standardise.combine([standardise.statistics(own.x)])
     elif task.standardise != "none":
-        constants = standardise.combine([metrics for _, _, metrics, _ in rows])
+        constants = standardise.combine(described)
     return Description(
         names=[name for _, name, _, _ in rows],
-        sizes=[list(metrics[records.SIZES]) for _, _, metrics, _ in rows],
-        label_counts=[list(metrics[records.LABEL_COUNTS]) for _, _, metrics, _ in rows],
+        sizes=[list(metrics[records.SIZES]) for metrics in described],
+        label_counts=[list(metrics[records.LABEL_COUNTS]) for metrics in described],
         constants=constants,
-        order={node: client for client, _, _, node in rows},
+        order=order,
+        together=grid.secure is not None,
     )
+
+
+def _summed(grid: ObservedGrid, config: RunConfig, task: Task, order: dict[int, int]) -> dict[str, Any]:
+    """Return what clients have said of themselves by one secure sum: what one client with all examples would say.
+
+    They also say in which power of two their number of examples lies: the largest bounds their weights.
+    """
+    assert grid.secure is not None
+    features = federation_of(config).central.x.shape[1] if task.standardise in ("federated", "local") else 0
+    lengths = {records.SIZES: 3, records.LABEL_COUNTS: len(task.labels)}
+    if features:
+        lengths |= {records.INPUT_SUM: features, records.INPUT_SQUARES: features, records.INPUT_COUNT: 1}
+    grid.order_by(order)
+    content = RecordDict({records.CONFIG: ConfigRecord({})})
+    nodes = {client: node for node, client in order.items()}
+    numbers = grid.secure.add_up(content, nodes, SIZE_CLASSES + sum(lengths.values()), config.timeout_seconds)
+    classes, numbers = numbers[:SIZE_CLASSES], numbers[SIZE_CLASSES:]
+    grid.secure.largest_weight = max(1, (1 << max(i for i, count in enumerate(classes) if count)) - 1)
+    found: dict[str, Any] = {}
+    for name, length in lengths.items():
+        values, numbers = numbers[:length], numbers[length:]
+        found[name] = values if name.startswith("input") else [round(value) for value in values]
+    return found
 
 
 class Evaluator:

@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 from core import records
 from core.config import RunConfig
 from server.intake import refuse_odd, take_in
+from server.secure_grid import SecureGrid
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
 PATIENCE = 10
@@ -50,6 +51,8 @@ class Observed:
     """Client and what its canary examples look like, in an audited run."""
     virtual_seconds: float = 0.0
     """Until the last answer that counts, by the clients' virtual clocks."""
+    of_sums: records.WeightedMean = field(default_factory=records.WeightedMean)
+    """Training loss by secure sums, where nobody's own is known."""
     downlink_bytes: int = 0
     """Bytes of arrays to the clients and, below, back: as if every client had its own connection."""
     uplink_bytes: int = 0
@@ -57,6 +60,8 @@ class Observed:
     @property
     def mean_loss(self) -> float:
         """Return the clients' training loss, weighted by examples; nan where nobody trained."""
+        if found := self.of_sums.mean():
+            return float(found[records.TRAIN_LOSS])
         weights = self.clients["num_examples"]
         return float(np.average(self.clients["train_loss"], weights=weights)) if weights else float("nan")
 
@@ -66,6 +71,7 @@ class ObservedGrid(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self.inner = grid
+        self.secure = grid if isinstance(grid, SecureGrid) else None
         # The local engine numbers its clients itself; elsewhere they say who they are at the start.
         self._client_of: Callable[[int], int] | None = getattr(grid, "client_of", None)
         self.running: Collection[str] = ()
@@ -88,6 +94,8 @@ class ObservedGrid(Grid):
         """Learn the clients' numbers by node id: Flower's ids are random, and sampling must not depend on them."""
         if self._client_of is None:
             self._client_of = clients.__getitem__
+        if self.secure is not None:
+            self.secure.order_by(clients)
 
     @property
     def numbered(self) -> bool:
@@ -211,10 +219,14 @@ class ObservedGrid(Grid):
             self._observed.uplink_bytes += sum(each)
             if reply.metadata.message_type == "train":
                 self._trained(content, rows, covered)
-                own = (rows.get(key, ()) for key in (records.NUM_EXAMPLES, records.PRIVATE_STEPS))
-                taken.extend(zip(covered, *own, strict=False))
+                # Who is in a sum does not say how many examples it has, and pays alike for any.
+                sizes = rows.get(records.NUM_EXAMPLES, [0] * len(covered))
+                taken.extend(zip(covered, sizes, rows.get(records.PRIVATE_STEPS, ()), strict=False))
                 if self.config is not None and self.config.privacy.level != "none":
                     _keep_losses_back(content)
+        if self.secure is not None:
+            self._observed.uplink_bytes += self.secure.traffic.pop("up", 0)
+            self._observed.downlink_bytes += self.secure.traffic.pop("down", 0)
         if taken and self.private is not None:
             self.private(taken)
         return replies
@@ -225,10 +237,11 @@ class ObservedGrid(Grid):
             content = self._trained_on.get(node, RecordDict())
             sent = next(iter(content.array_records.values()), ArrayRecord())
             server_round = records.server_round(content) or 0
-        # The engine's own answers may speak for many clients, and say which, and what each of them sent.
+        # The engine's own answers may speak for many clients, and say which, and what each of them sent; so do sums.
+        ours = self.numbered or records.SECURE in reply.content.config_records.get(records.CLIENTS, {})
         size = records.array_bytes(reply.content)
-        take_in(reply, sent, self.config, server_round, None if self.numbered else self.client_of(node))
-        if not self.numbered and reply.has_content():
+        take_in(reply, sent, self.config, server_round, None if ours else self.client_of(node))
+        if not ours and reply.has_content():
             rows = reply.content.config_records[records.CLIENTS]
             rows[records.UPLINK_BYTES] = [size]
             rows.pop(records.VIRTUAL_SECONDS, None)
@@ -242,8 +255,13 @@ class ObservedGrid(Grid):
         slowest = max(rows.get(records.VIRTUAL_SECONDS, [0.0]))
         self._observed.virtual_seconds = max(self._observed.virtual_seconds, slowest)
         self._observed.clients["client"].extend(covered)
+        summed = records.SECURE in rows
+        if summed:
+            self._observed.of_sums.add(
+                {records.TRAIN_LOSS: metrics.get(records.TRAIN_LOSS, float("nan"))}, len(covered)
+            )
         for key in COLUMNS:
-            values = rows.get(key, [metrics.get(key, float("nan"))] * len(covered))
+            values = rows.get(key, [float("nan") if summed else metrics.get(key, float("nan"))] * len(covered))
             self._observed.clients[key.replace("-", "_")].extend(values)
         if self.running:
             [arrays] = content.array_records.values()

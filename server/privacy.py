@@ -16,7 +16,7 @@ from core.config import RunConfig
 from core.errors import InputError
 from core.server_side import ServerSide
 from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent, spent_by
-from privacy.client_level import ClientLevel, local_event
+from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
 from privacy.rules import uncovered
@@ -110,7 +110,7 @@ class Privacy:
     def _own_cost(self, size: int) -> Mapping[Event, int]:
         """Return what a round costs a client that adds noise itself; nothing where it has no examples."""
         if self._level is not None:
-            return {local_event(self._level.noise_multiplier): 1}
+            return {event: 1} if (event := self._level.own_event) else {}
         return ExampleLevel(self._config).cost(size) if size else {}
 
     def spent(self, server_round: int) -> str:
@@ -144,7 +144,7 @@ class Privacy:
             "level": self._own.level,
             "epsilon": worst,
             "delta": self._own.delta,
-            "accountant": accountant(worst),
+            "accountant": accountant(worst, self.ledger.spent.values()),
             "neighbours": "replace" if self._own.noise == "local" and self._level else "add or remove",
             "noise": self._own.noise if self._own.level == "client" else "at every client, in every step",
             "clipping_norm": self._own.clipping_norm,

@@ -91,7 +91,8 @@ class Session:
             self.stopped_by = reason
             return
         # Elsewhere than in the engine every client answers for itself, and its update travels as it is encoded.
-        partial = makes_partial_means(self.config) and self.grid.numbered and not self.privacy.needs_each
+        whole = self.privacy.needs_each or self.grid.secure is not None
+        partial = makes_partial_means(self.config) and self.grid.numbered and not whole
         config: dict[str, Any] = {records.PARTIAL_MEAN: partial, **about.config(), **self.privacy.config()}
         if self.saved is not None:
             checkpoints.continue_from(self.strategy, self.saved)
@@ -145,6 +146,8 @@ class Session:
             client_of=self.grid.client_of,
             sends=half.sends(self.model, half.options),
         )
+        if self.grid.secure is not None:
+            self.grid.secure.sends = server.sends
         self.virtual = VirtualClock(self.config, server, self.virtual_before)
         self.grid.before_training = self.virtual.set_deadline
         self.grid.private = lambda taken: self.privacy.pay(self.done + 1, taken)
@@ -196,6 +199,7 @@ class Session:
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
         row |= self.privacy.observe(number, observed, aggregated=row["aggregated"])
+        row |= {"secure_aggregation": self.grid.secure.last} if self.grid.secure else {}
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:
@@ -281,6 +285,7 @@ class Session:
             "malice": self.malice.totals,
             "selection": self.selection.state(),
             "privacy": self.privacy.state(),
+            "secure_aggregation": self.grid.secure.state() if self.grid.secure else None,
         }
         states = self.grid.client_states
         saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress)
@@ -298,3 +303,5 @@ class Session:
         self.selection.restore(progress["selection"])
         self.grid.client_states.update(saved.client_states)
         self.privacy.restore(progress["privacy"], self.done)
+        if self.grid.secure is not None:
+            self.grid.secure.restore(progress["secure_aggregation"])

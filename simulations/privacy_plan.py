@@ -21,7 +21,7 @@ from rich.table import Table
 from core.config import RunConfig
 from core.errors import InputError
 from privacy.accounting import epsilon
-from privacy.client_level import ClientLevel, local_event, planned
+from privacy.client_level import ClientLevel, planned
 from privacy.example_level import ExampleLevel
 from privacy.rules import delta_too_large
 from reports.plan_page import about, columns, explained, lengths, names, write_plan_page
@@ -151,8 +151,8 @@ def _epsilon(config: RunConfig, examples: int, rounds: int) -> float:
         spent = {event: count * times for event, count in ExampleLevel(config).cost(examples).items()}
     else:
         level = ClientLevel.of(config)
-        if config.privacy.noise == "local":
-            spent = {local_event(level.noise_multiplier): times}
+        if event := level.own_event:
+            spent = {event: times}
         else:
             [(_, event, _)] = level.costs(1)
             spent = {event: rounds}

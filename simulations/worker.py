@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from client.app import CohortApp, Reply
+from core import records
 from core.config import RunConfig
 from core.data import Federation
 from core.seeding import derive, seed_globals
@@ -27,6 +28,7 @@ from simulations import flower_app
 from tasks.source import provide
 
 RUN_ID = 1
+KEEPING = frozenset({"train", records.QUERY_STATISTICS, *records.SECURE_STAGES})
 SERVER_NODE = 1
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -88,8 +90,8 @@ class Worker:
                 ([i], self._single(job.message_type, header, content, context))
                 for i, (header, context) in enumerate(zip(job.headers, contexts, strict=True))
             ]
-        # Our own clients change what they keep by training only; anybody's may at any time.
-        keeps = job.message_type == "train" or not isinstance(self.app, CohortApp)
+        # Our own clients change what they keep by these only; anybody's may at any time.
+        keeps = job.message_type in KEEPING or not isinstance(self.app, CohortApp)
         states = {context.node_id: context.state for context in contexts if keeps and len(context.state)}
         return Result(replies, states)
 

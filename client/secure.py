@@ -1,0 +1,191 @@
+"""A client's part in secure aggregation: it answers the protocol's stages, and trains into a masked vector.
+
+The protocol is `privacy/secagg`; here are Flower's messages and what a client keeps of a round in `Context.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from client.replies import Reply, refused
+from core import bundle, records
+from core.config import RunConfig
+from core.devices import dropped
+from core.records import client_of
+from core.training import LocalUpdate
+from privacy.noise import Simulated, Source
+from privacy.secagg import exact, identities, messages
+from privacy.secagg.client import Client, State
+from privacy.secagg.distributed import NoisyPayload
+from privacy.secagg.errors import SecAggError
+from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
+from privacy.secagg.messages import Message
+from privacy.secagg.payload import flatten
+from privacy.secagg.rounds import hash_of, payload_of, run_name
+
+# What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
+IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
+STATE = "state"
+_STAGES: dict[str, tuple[str, type[Message]]] = {
+    records.QUERY_ADVERTISE: ("advertise", messages.Terms),
+    records.QUERY_SHARE: ("share", messages.Participants),
+    records.QUERY_CONFIRM: ("confirm", messages.Survivors),
+    records.QUERY_UNMASK: ("unmask", messages.UnmaskRequest),
+}
+
+
+class SecureClients:
+    """The protocol's client for whoever of a run asks for one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    @staticmethod
+    def of(config: RunConfig) -> SecureClients | None:
+        """Return what the configuration asks for; None without secure aggregation."""
+        return SecureClients(config) if config.secure_aggregation.profile != "none" else None
+
+    def answer(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
+        """Return the answers to one of the protocol's own messages."""
+        stage, kind = _STAGES[message_type]
+        clients = [client_of(context) for context in contexts]
+        lost = dropped(self._config, stage, server_round_of(content), clients) & (server_round_of(content) > 0)
+
+        def answer(own: Client, part: bytes, i: int) -> Message:
+            found: Message = getattr(own, stage)(kind.from_bytes(part))
+            return found
+
+        return self._each(content, contexts, answer, lost)
+
+    def masked(
+        self, update: LocalUpdate, origin: Mapping[str, np.ndarray], names: Sequence[str], sizes: Sequence[int],
+        content: RecordDict, contexts: Sequence[Context], sound: np.ndarray, noise: Source | None,
+    ) -> list[Reply]:  # fmt: skip
+        """Return the cohort's updates as masked vectors: tensors `names` minus those of `origin`, and their numbers.
+
+        Clients (C,) bool that are not `sound` have no answer here. `noise` is where distributed privacy draws.
+        """
+        config, hashed = records.config_of(content), hash_of(content)
+        number = int(config[records.SERVER_ROUND])
+        tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
+        if tensors.keys() != set(names):
+            raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
+        rows = flatten([tensors[name].cpu().numpy() for name in names])
+        rows = rows - flatten([_origin(name, tensors[name].shape[1:], origin)[None] for name in names])
+        payload = payload_of(self._config, rows.shape[1], config)
+        numbers = {key: v.tolist() for key, v in {records.TRAIN_LOSS: update.loss, **update.metrics}.items()}
+        weights = None if update.weight is None else update.weight.tolist()
+
+        def answer(own: Client, part: bytes, i: int) -> Message:
+            client = client_of(contexts[i])
+            drawn: Source
+            if isinstance(payload, NoisyPayload):
+                assert noise is not None
+                drawn = noise.at("share", number, client)
+            else:
+                drawn = Simulated(self._config.seed, "secure rounding", number, client)
+            weight = None if weights is None else weights[i]
+            each = {key: column[i] for key, column in numbers.items()}
+            vector = payload.encode(rows[i], sizes[i], weight, each, drawn)
+            return own.mask(messages.Delivery.from_bytes(part), vector, hashed)
+
+        return self._each(content, contexts, answer, ~sound, told=False)
+
+    def masked_statistics(
+        self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
+    ) -> list[Reply]:
+        """Return numbers of each client's as masked vectors, to be added up exactly."""
+        hashed = hash_of(content)
+
+        def answer(own: Client, part: bytes, i: int) -> Message:
+            return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
+
+        return self._each(content, contexts, answer, np.zeros(len(contexts), dtype=bool))
+
+    @staticmethod
+    def forget(contexts: Sequence[Context]) -> None:
+        """Let clients forget what is left of a round: it is over when they are asked for something else."""
+        for context in contexts:
+            if (kept := context.state.config_records.get(records.SECURE)) is not None:
+                state = State.from_bytes(kept[STATE])  # type: ignore[arg-type]
+                context.state[records.SECURE] = ConfigRecord({STATE: State(state.round).to_bytes()})
+
+    def _each(
+        self, content: RecordDict, contexts: Sequence[Context], answer: Callable[[Client, bytes, int], Message],
+        lost: np.ndarray, *, told: bool = True,
+    ) -> list[Reply]:  # fmt: skip
+        """Return one reply with the answers of all that have one, and the errors of the others.
+
+        Of those `lost` nothing is said where that was told (`told`) already.
+        """
+        parts = parts_of(content)
+        replies: list[Reply] = []
+        done: list[int] = []
+        answers: list[bytes] = []
+        for i, context in enumerate(contexts):
+            client = client_of(context)
+            if lost[i]:
+                if told:
+                    replies.append(([i], refused(f"client {client}: its answer was lost", records.LOST)))
+                continue
+            own = self._open(context)
+            try:
+                answers.append(answer(own, parts(client), i).to_bytes())
+                done.append(i)
+            except (SecAggError, ValueError) as error:
+                replies.append(([i], refused(f"client {client}: {type(error).__name__}: {error}")))
+            context.state[records.SECURE] = ConfigRecord({STATE: own.state.to_bytes()})
+        if done:
+            record = ConfigRecord({records.CLIENT: [client_of(contexts[i]) for i in done], records.PART: answers})
+            replies.insert(0, (done, RecordDict({records.SECURE: record})))
+        return replies
+
+    def _open(self, context: Context) -> Client:
+        """Return the protocol's client as it was left.
+
+        Who it is and whom it believes comes from its operator. Only where it was given nothing, as on one machine,
+        are keys simulated.
+        """
+        kept = context.state.config_records.get(records.SECURE)
+        state = State.from_bytes(kept[STATE]) if kept is not None else State()  # type: ignore[arg-type]
+        client, node, own = client_of(context), context.node_config, self._config.secure_aggregation
+        if IDENTITY in node:
+            identity = identities.read_identity(str(node[IDENTITY]))
+            roster = identities.read_roster(str(node.get(ROSTER, "")))
+            profile, minimum = str(node.get(PROFILE, MALICIOUS)), int(node.get(MIN_COHORT, MINIMUM))
+        else:
+            identity = identities.simulated_identity(self._config.seed, client)
+            roster = identities.simulated_roster(self._config.seed, self._config.clients)
+            profile, minimum = MALICIOUS if own.profile == MALICIOUS else SEMI_HONEST, own.min_cohort
+        return Client(client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state)
+
+
+def server_round_of(content: RecordDict) -> int:
+    """Return the training round that a message of the protocol belongs to; 0 before the first."""
+    return int(content.config_records[records.SECURE].get(records.SERVER_ROUND, 0))  # type: ignore[arg-type]
+
+
+def parts_of(content: RecordDict) -> Callable[[int], bytes]:
+    """Return what finds a client's part of a message: the same for all, or its own of several."""
+    record = content.config_records[records.SECURE]
+    part = record[records.PART]
+    if isinstance(part, bytes):
+        return lambda client: part
+    own = dict(zip(record[records.CLIENT], part, strict=True))  # type: ignore[arg-type]
+
+    def find(client: int) -> bytes:
+        if client not in own:
+            raise ValueError(f"there is nothing for client {client} in the message")
+        found: bytes = own[client]  # type: ignore[assignment]
+        return found
+
+    return find
+
+
+def _origin(name: str, shape: Sequence[int], origin: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return what a tensor is the difference to: the global model's own; what travels beside it is one already."""
+    return np.zeros(tuple(shape), dtype=np.float32) if "/" in name else origin[name]

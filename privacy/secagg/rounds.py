@@ -1,0 +1,78 @@
+"""What server and clients compute alike of a round, from the configuration and from what all are told."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import RecordDict
+
+from core import records
+from core.config import RunConfig
+from privacy.secagg import graph
+from privacy.secagg.distributed import NoisyPayload
+from privacy.secagg.graph import MALICIOUS, Plan
+from privacy.secagg.keys import content_hash
+from privacy.secagg.messages import Terms
+from privacy.secagg.payload import Payload
+
+# Before the first round clients say how many examples they have, in powers of two up to this.
+SIZE_CLASSES = 48
+
+
+def run_name(run_id: int) -> str:
+    """Return what clients and server call a run."""
+    return f"run {run_id}"
+
+
+def plan_of(config: RunConfig, clients: int) -> Plan:
+    """Return the graph and threshold for a sum of so many clients, and what they buy; `InputError` where none is."""
+    own = config.secure_aggregation
+    return _plan(
+        clients, own.corrupt, own.dropout_tolerance, "" if own.profile == "auto" else own.profile, own.threshold
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(clients: int, corrupt: float, dropout: float, profile: str, threshold: int) -> Plan:
+    found = graph.plan(clients, corrupt, dropout, profile)
+    if threshold and found.profile != MALICIOUS:
+        sides = found.neighbours or clients - 1
+        return graph.safety(clients, sides, threshold, found.corrupt, found.dropouts)
+    return found
+
+
+def terms_of(config: RunConfig, run_id: int, number: int, content: bytes, length: int, clients: int) -> Terms:
+    """Return what the clients of a sum agree on."""
+    plan, own = plan_of(config, clients), config.secure_aggregation
+    return Terms(
+        run_name(run_id), number, content, length, own.bits, plan.profile, own.min_cohort, plan.neighbours,
+        plan.threshold,
+    )  # fmt: skip
+
+
+def hash_of(content: RecordDict) -> bytes:
+    """Return the hash of what all clients of a round receive alike: arrays and config."""
+    arrays = {name: a.data for record in content.array_records.values() for name, a in record.items()}
+    return content_hash(arrays, json.dumps(records.config_of(content), sort_keys=True, default=bytes.hex).encode())
+
+
+def payload_of(config: RunConfig, size: int, told: Mapping[str, Any]) -> Payload | NoisyPayload:
+    """Return how vectors of a round are made, from the config that all clients are sent."""
+    cohort, largest, norm = (
+        int(told[records.COHORT]),
+        int(told[records.LARGEST_WEIGHT]),
+        told.get(records.CLIPPING_NORM),
+    )
+    if config.privacy.level == "client" and config.privacy.noise == "distributed":
+        number = int(told[records.SERVER_ROUND])
+        return NoisyPayload(config, size, cohort, survivors_of(config, cohort), number, float(norm or 0.0))
+    return Payload(config, size, cohort, largest, None if norm is None else float(norm))
+
+
+def survivors_of(config: RunConfig, cohort: int) -> int:
+    """Return how many of a cohort are left at least: their noise alone is enough."""
+    own = config.secure_aggregation
+    return max(own.min_cohort, cohort - int(own.dropout_tolerance * cohort))
