@@ -23,9 +23,11 @@ from privacy.secagg.client import Client, State
 from privacy.secagg.distributed import NoisyPayload
 from privacy.secagg.errors import SecAggError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
+from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
 from privacy.secagg.payload import flatten
 from privacy.secagg.rounds import hash_of, payload_of, run_name
+from strategies import ClientHalf
 
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
 IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
@@ -41,13 +43,13 @@ _STAGES: dict[str, tuple[str, type[Message]]] = {
 class SecureClients:
     """The protocol's client for whoever of a run asks for one."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, half: ClientHalf) -> None:
+        self._config, self._half = config, half
 
     @staticmethod
-    def of(config: RunConfig) -> SecureClients | None:
+    def of(config: RunConfig, half: ClientHalf) -> SecureClients | None:
         """Return what the configuration asks for; None without secure aggregation."""
-        return SecureClients(config) if config.secure_aggregation.profile != "none" else None
+        return SecureClients(config, half) if config.secure_aggregation.profile != "none" else None
 
     def answer(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         """Return the answers to one of the protocol's own messages."""
@@ -76,7 +78,7 @@ class SecureClients:
             raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
         rows = flatten([tensors[name].cpu().numpy() for name in names])
         rows = rows - flatten([_origin(name, tensors[name].shape[1:], origin)[None] for name in names])
-        payload = payload_of(self._config, rows.shape[1], config)
+        payload = payload_of(self._config, rows.shape[1], config, self._half.numbers)
         numbers = {key: v.tolist() for key, v in {records.TRAIN_LOSS: update.loss, **update.metrics}.items()}
         weights = None if update.weight is None else update.weight.tolist()
 
@@ -124,6 +126,8 @@ class SecureClients:
         """
         parts = parts_of(content)
         replies: list[Reply] = []
+        # It is gone when the cohort has answered. A deployed client has nobody to share it with.
+        derived: Derived | None = {} if len(contexts) > 1 else None
         done: list[int] = []
         answers: list[bytes] = []
         for i, context in enumerate(contexts):
@@ -132,7 +136,7 @@ class SecureClients:
                 if told:
                     replies.append(([i], refused(f"client {client}: its answer was lost", records.LOST)))
                 continue
-            own = self._open(context)
+            own = self._open(context, derived)
             try:
                 answers.append(answer(own, parts(client), i).to_bytes())
                 done.append(i)
@@ -144,7 +148,7 @@ class SecureClients:
             replies.insert(0, (done, RecordDict({records.SECURE: record})))
         return replies
 
-    def _open(self, context: Context) -> Client:
+    def _open(self, context: Context, derived: Derived | None) -> Client:
         """Return the protocol's client as it was left.
 
         Who it is and whom it believes comes from its operator. Only where it was given nothing, as on one machine,
@@ -161,7 +165,10 @@ class SecureClients:
             identity = identities.simulated_identity(self._config.seed, client)
             roster = identities.simulated_roster(self._config.seed, self._config.clients)
             profile, minimum = MALICIOUS if own.profile == MALICIOUS else SEMI_HONEST, own.min_cohort
-        return Client(client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state)
+        return Client(
+            client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state,
+            derived=derived,
+        )  # fmt: skip
 
 
 def server_round_of(content: RecordDict) -> int:

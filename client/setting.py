@@ -76,7 +76,7 @@ def _setting(items: tuple[tuple[str, Any], ...]) -> Setting:
     return Setting(
         config, task, model, federation_of(config), records.travelling(model), half, half.sends(model, half.options),
         devices_of(config), Attack.of(config), processors_of(config), ClientPrivacy.of(config),
-        Compressor(config) if config.compression.kind != "none" else None, SecureClients.of(config),
+        Compressor(config) if config.compression.kind != "none" else None, SecureClients.of(config, half),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from core.optimizers import make_optimizer
 from core.processors import processors_of
 from privacy import rules
 from privacy.secagg import rules as secure_rules
-from strategies import makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
+from strategies import client_half, makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
 from tasks import load
 from tasks.base import Task, build_model
 from tasks.source import federation_of
@@ -51,7 +51,7 @@ def check(config: RunConfig) -> Federation:
     sizes = federation.train.sizes
     subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8])
     rules.check(config, subject)
-    secure_rules.check(config, model, linear=linear)
+    secure_rules.check(config, model, client_half(config).numbers, linear=linear)
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")

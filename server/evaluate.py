@@ -60,14 +60,9 @@ class Description:
     def heterogeneity(self, task: Task) -> dict[str, Any]:
         """Return what heterogeneity.json holds: a row for each client that described itself, or one of all."""
         splits = dict(zip(("train", "validation", "test"), zip(*self.sizes, strict=True), strict=True))
-        return {
-            "labels": task.labels,
-            "clients": sorted(self.order.values()),
-            "names": self.names,
-            "label_counts": self.label_counts,
-            "sizes": splits,
-            "together": self.together,
-        }
+        rows = {"label_counts": self.label_counts, "sizes": splits}
+        about = {"labels": task.labels, "clients": sorted(self.order.values()), "names": self.names}
+        return {**about, "together": rows} if self.together else {**about, **rows}
 
     def training_sizes(self, clients: int) -> np.ndarray:
         """Return every client's training examples, (clients,) int64: the mean where one did not describe itself."""

@@ -33,6 +33,7 @@ from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
 from server.secure_round import Party, SecureRound
+from strategies import client_half
 
 
 class SecureGrid(Grid):
@@ -41,6 +42,7 @@ class SecureGrid(Grid):
     def __init__(self, grid: Grid, config: RunConfig) -> None:
         self._grid, self._config, self._own = grid, config, config.secure_aggregation
         self._engine = hasattr(grid, "client_of")
+        self._numbers = client_half(config).numbers
         self._client_of: Mapping[int, int] = {}
         self._number = 0
         self.sends: Sequence[str] = ()
@@ -169,7 +171,7 @@ class SecureGrid(Grid):
         config[records.LARGEST_WEIGHT] = self.largest_weight
         origin = {name: to_numpy(array) for name, array in arrays.items()}
         shapes = {name: origin[name.rpartition("/")[2]].shape for name in self.sends}
-        payload = payload_of(self._config, sum(int(np.prod(shape)) for shape in shapes.values()), config)
+        payload = payload_of(self._config, sum(int(np.prod(shape)) for shape in shapes.values()), config, self._numbers)
         sent = RecordDict({records.ARRAYS: arrays, records.CONFIG: ConfigRecord(config)})
         self._run_round(parties, "train", sent, payload.length, timeout)
         replies, sums = [], []

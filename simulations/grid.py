@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from core.records import PARTIAL_MEAN, MergedReply, config_of, refusal
+from core.records import PARTIAL_MEAN, SECURE_STAGES, MergedReply, config_of, refusal
 from simulations.pool import Pool
 from simulations.worker import RUN_ID, Job, Result, node_of, partition_of
 
@@ -164,10 +164,12 @@ class RayGrid(Grid):
             partial = bool(config_of(content).get(PARTIAL_MEAN))
             arrays = next(iter(content.array_records.values()), ArrayRecord())
             shared = _Shared(self._pool.put(content), partial, arrays)
-            for start in range(0, len(group), self._cohort_size):
-                cohorts.append(
-                    _Cohort(message_type, [group[i] for i in order[start : start + self._cohort_size]], shared)
-                )
+            size = self._cohort_size
+            if message_type in SECURE_STAGES:
+                # What two clients derive alike is derived once where both are in a cohort, and nothing fills memory.
+                size = max(size, -(-len(group) // self._pool.workers))
+            for start in range(0, len(group), size):
+                cohorts.append(_Cohort(message_type, [group[i] for i in order[start : start + size]], shared))
         return cohorts
 
     def _submit(self, cohort: _Cohort) -> int:

@@ -30,6 +30,8 @@ SMALL_BYTES = 64 * 2**10
 class Pool(Protocol):
     """Takes jobs and gives results back in any order; the grid puts them in theirs."""
 
+    workers: int
+    """How many work side by side."""
     window: int
     """How many jobs to have submitted at once: enough that no worker ever waits for the server."""
 
@@ -57,6 +59,7 @@ class Pool(Protocol):
 class LocalPool:
     """One worker in this process: the same code under a debugger."""
 
+    workers = 1
     window = 1
 
     def __init__(self, make_worker: Callable[[], Worker]) -> None:
@@ -128,7 +131,7 @@ class RayPool:
         import ray
 
         self._ray = ray
-        self.window = 4 * self.IN_FLIGHT * workers
+        self.workers, self.window = workers, 4 * self.IN_FLIGHT * workers
         self._started = not ray.is_initialized()
         if self._started:
             start_ray(ray, workers, address, data_bytes)

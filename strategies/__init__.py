@@ -10,6 +10,8 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
 - a static `personal_model(r: LocalRound) -> tensors`: the model that a client evaluates, where it is its own;
 - a static `sends(model, options) -> names`: what its clients send back where that is not the model: its tensors, and
   `kind/name` beside them; virtual time counts it;
+- a static `numbers(config, examples) -> {name: largest}`: what its clients say beside tensors and loss, and how large
+  it can be for a client with so many examples; secure aggregation adds up no other numbers;
 - `outgoing(arrays) -> arrays`: what is sent to clients, where that is not the model alone;
 - `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
 - a static `check(config, model)` that raises `InputError` where it cannot work;
@@ -211,6 +213,8 @@ class ClientHalf:
     """(model, options) -> names of what a client sends back: the model's tensors, and kind/name beside them."""
     options: dict[str, Any]
     """The strategy's options as configured, with hyphens."""
+    numbers: Callable[[RunConfig, int], Mapping[str, float]]
+    """(config, examples) -> the largest absolute value of each number that a client of so many examples sends."""
 
 
 def client_half(config: RunConfig) -> ClientHalf:
@@ -222,4 +226,5 @@ def client_half(config: RunConfig) -> ClientHalf:
         getattr(cls, "personal_model", None),
         getattr(cls, "sends", lambda model, options: list(travelling(model))),
         {**options_of(cls), **config.strategy_options},
+        getattr(cls, "numbers", lambda config, examples: {}),
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import MetricRecord
 from torch import nn
 
 from core.config import RunConfig
+from core.devices import full_work
 from core.server_side import ServerSide
 from core.training import LocalRound, LocalUpdate, local_sgd
 from strategies.linear import Linear, Vectors
@@ -32,6 +34,12 @@ class FedNova(Linear):
     def check(config: RunConfig, model: nn.Module) -> None:
         """Refuse local optimisers whose a_i is not known."""
         needs_plain_sgd(config, "fednova's normalised updates", momentum=True)
+
+    @staticmethod
+    def numbers(config: RunConfig, examples: int) -> dict[str, float]:
+        """Return the largest ||a_i||_1: that of a client that takes all its steps."""
+        [steps], _ = full_work(config, np.array([examples]))
+        return {TAU: float(length(torch.tensor([float(steps)]), config.momentum))}
 
     def set_up(self, server: ServerSide) -> None:
         """Learn which tensors take steps: running statistics do not."""

@@ -48,7 +48,7 @@ def _aborts(
 
 def _advertisement(party: Party, client: int, pair: KeyPair, mask: KeyPair, signer: int | None = None) -> Advertisement:
     """Return keys in a client's name, signed by it or by another."""
-    signed = Advertisement.signed_part(party.terms, client, pair.public, mask.public)
+    signed = Advertisement.signed_part(party.terms.hash, client, pair.public, mask.public)
     signature = party.identities[client if signer is None else signer].sign(signed)
     return Advertisement(party.terms.round, client, pair.public, mask.public, signature)
 
@@ -146,7 +146,7 @@ def test_who_is_not_on_the_roster_does_not_take_part() -> None:
         own.share(told)
     stranger = Server(party.terms, [*party.ids, 99], party.roster)
     identity = Identity.generate()
-    signed = Advertisement.signed_part(party.terms, 99, _pair(1).public, _pair(2).public)
+    signed = Advertisement.signed_part(party.terms.hash, 99, _pair(1).public, _pair(2).public)
     assert not stranger.take(99, Advertisement(1, 99, _pair(1).public, _pair(2).public, identity.sign(signed)))
     assert stranger.refused[99] == "client 99 is not on the roster"
 

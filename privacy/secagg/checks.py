@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection
 
-from privacy.secagg.errors import InconsistentError, OutOfTurnError, RefusedError, TooFewError
+from privacy.secagg.errors import ForgedError, InconsistentError, OutOfTurnError, RefusedError, TooFewError
 from privacy.secagg.graph import MALICIOUS, SEMI_HONEST
-from privacy.secagg.keys import Roster
+from privacy.secagg.keys import Roster, signed
 from privacy.secagg.messages import Advertisement, Confirmation, Participants, Terms, UnmaskRequest
 
 
@@ -41,15 +42,32 @@ def neighbours(
     near = terms.graph(ids, participants.digests).of(ids.index(own.client))
     if tuple(ids[place] for place in near) != tuple(sorted(participants.advertisements)):
         raise InconsistentError("the keys that came are not those of the neighbours")
-    found = {other: Advertisement.from_bytes(data) for other, data in participants.advertisements.items()}
-    for other, keys in found.items():
-        roster.verify(other, Advertisement.signed_part(terms, other, keys.channel, keys.mask), keys.signature)
-        if (keys.client, keys.digest(roster[other])) != (other, digests[other]):
+    found: dict[int, Advertisement] = {}
+    for other, data in participants.advertisements.items():
+        if other not in roster:
+            raise InconsistentError(f"client {other} is not on the roster")
+        found[other], of_keys = _advertised(terms.hash, other, data, roster[other])
+        if of_keys != digests[other]:
             raise InconsistentError(f"the key of client {other} is not the one on the list")
     every = [key for keys in (own, *found.values()) for key in (keys.channel, keys.mask)]
     if len(set(every)) < len(every):
         raise InconsistentError("two of the keys that came are equal")
     return found
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _advertised(terms: bytes, client: int, data: bytes, identity: bytes) -> tuple[Advertisement, bytes]:
+    """Return the advertisement in some bytes, which `client` has signed for these terms, and its digest.
+
+    It is a function of what everybody may know: clients of one process find out once.
+    """
+    keys = Advertisement.from_bytes(data)
+    message = Advertisement.signed_part(terms, client, keys.channel, keys.mask)
+    if not signed(identity, message, keys.signature):
+        raise ForgedError(f"the signature is not that of client {client}")
+    if keys.client != client:
+        raise InconsistentError(f"the key of client {client} is not the one on the list")
+    return keys, keys.digest(identity)
 
 
 def survivors(terms: Terms, client: int, ids: tuple[int, ...], participants: int, known: Collection[int]) -> None:

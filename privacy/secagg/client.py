@@ -23,7 +23,7 @@ from privacy.secagg import checks, messages
 from privacy.secagg.channel import seal, unseal
 from privacy.secagg.errors import ForgedError, InconsistentError, OutOfTurnError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, holders_of
-from privacy.secagg.keys import Agreement, Entropy, Identity, KeyPair, Roster, digest
+from privacy.secagg.keys import Agreement, Derived, Entropy, Identity, KeyPair, Roster, digest
 from privacy.secagg.masking import SEED_BYTES, add_masks, in_ring, pack
 from privacy.secagg.messages import Message, Terms
 from privacy.secagg.shamir import split
@@ -61,10 +61,11 @@ class Client:
     def __init__(
         self, client: int, run: str, identity: Identity, roster: Roster, *, profile: str = MALICIOUS,
         minimum: int = MINIMUM, state: State | None = None, entropy: Entropy = os.urandom,
+        derived: Derived | None = None,
     ) -> None:  # fmt: skip
         self.client, self.run, self.state = client, run, state or State()
         self._identity, self._roster, self._entropy = identity, roster, entropy
-        self._profile, self._minimum = profile, minimum
+        self._profile, self._minimum, self._derived = profile, minimum, derived
 
     def advertise(self, terms: Terms) -> messages.Advertisement:
         """Return this round's public keys. What is left of an earlier round is forgotten.
@@ -74,7 +75,7 @@ class Client:
         """
         checks.acceptable(terms, self.run, self.state.round, self._profile, self._minimum)
         channel, mask = KeyPair.generate(self._entropy), KeyPair.generate(self._entropy)
-        signed = messages.Advertisement.signed_part(terms, self.client, channel.public, mask.public)
+        signed = messages.Advertisement.signed_part(terms.hash, self.client, channel.public, mask.public)
         self.state = State(terms.round, messages.SHARE, terms.to_bytes(), channel.secret, mask.secret)
         signature = self._identity.sign(signed)
         return messages.Advertisement(terms.round, self.client, channel.public, mask.public, signature)
@@ -86,8 +87,8 @@ class Client:
             own = messages.Advertisement(terms.round, self.client, channel.public, mask.public, b"")
             others = checks.neighbours(terms, participants, own, self._roster)
             context = terms.context(participants.ids, participants.digests)
-            agree_channel = Agreement("channel", self.client, channel, context)
-            agree_mask = Agreement("mask", self.client, mask, context)
+            agree_channel = Agreement("channel", self.client, channel, context, self._derived)
+            agree_mask = Agreement("mask", self.client, mask, context, self._derived)
             channel_keys = {other: agree_channel(other, keys.channel) for other, keys in others.items()}
             mask_seeds = {other: agree_mask(other, keys.mask) for other, keys in others.items()}
             seed = self._entropy(SEED_BYTES)

@@ -11,6 +11,7 @@ stand between any two clients.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -68,11 +69,19 @@ class KeyPair:
         return KeyPair(secret, X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw())
 
 
-class Agreement:
-    """What one client derives with others in one round."""
+Derived = dict[tuple[str, frozenset[bytes]], bytes]
+"""What clients of one process have derived in a round, by label and their two public keys."""
 
-    def __init__(self, label: str, client: int, pair: KeyPair, context: bytes) -> None:
-        self._label, self._client, self._context = label, client, context
+
+class Agreement:
+    """What one client derives with others in one round.
+
+    Clients of one process may share `derived`: what the first of two has derived the second need not. Nobody else may
+    ever hold it.
+    """
+
+    def __init__(self, label: str, client: int, pair: KeyPair, context: bytes, derived: Derived | None = None) -> None:
+        self._label, self._client, self._context, self._derived = label, client, context, derived
         self._secret, self._public = X25519PrivateKey.from_private_bytes(pair.secret), pair.public
 
     def __call__(self, other: int, public: bytes) -> bytes:
@@ -82,13 +91,19 @@ class Agreement:
         """
         if other == self._client or public == self._public:
             raise BadKeyError(f"client {self._client} is offered its own key as that of client {other}")
+        pair = (self._label, frozenset((public, self._public)))
+        if self._derived and pair in self._derived:
+            return self._derived[pair]
         try:
             shared = self._secret.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError:
             raise BadKeyError(f"the key of client {other} is no key, or a point of low order") from None
         ends = sorted([(self._client, self._public), (other, public)])
         info = encode(self._label, *(value for end in ends for value in end))
-        return HKDF(hashes.SHA256(), KEY_BYTES, self._context, info).derive(shared)
+        found = HKDF(hashes.SHA256(), KEY_BYTES, self._context, info).derive(shared)
+        if self._derived is not None:
+            self._derived[pair] = found
+        return found
 
 
 _ANYBODY = Agreement("check", 0, KeyPair.of(bytes(KEY_BYTES)), bytes(KEY_BYTES))
@@ -132,7 +147,8 @@ class Roster(Mapping[int, bytes]):
         if len(set(self._public.values())) < len(self._public):
             raise InputError("two clients of the roster have the same identity key; give each its own.")
         try:
-            self._keys = {client: Ed25519PublicKey.from_public_bytes(key) for client, key in self._public.items()}
+            for key in self._public.values():
+                Ed25519PublicKey.from_public_bytes(key)
         except ValueError as error:
             raise InputError(f"the roster holds what is no Ed25519 public key: {error}.") from None
 
@@ -147,9 +163,17 @@ class Roster(Mapping[int, bytes]):
 
     def verify(self, client: int, message: bytes, signature: bytes) -> None:
         """Raise `ForgedError` unless this client signed the message, `InconsistentError` if it is not pinned."""
-        if client not in self._keys:
+        if client not in self._public:
             raise InconsistentError(f"client {client} is not on the roster")
-        try:
-            self._keys[client].verify(signature, message)
-        except InvalidSignature:
-            raise ForgedError(f"the signature is not that of client {client}") from None
+        if not signed(self._public[client], message, signature):
+            raise ForgedError(f"the signature is not that of client {client}")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def signed(public: bytes, message: bytes, signature: bytes) -> bool:
+    """Return whether the owner of a public key has signed the message: once for all clients of one process."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True

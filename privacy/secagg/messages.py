@@ -127,9 +127,9 @@ class Advertisement(Message):
     signature: bytes
 
     @staticmethod
-    def signed_part(terms: Terms, client: int, channel: bytes, mask: bytes) -> bytes:
-        """Return what the signature is of."""
-        return encode("advertisement", terms.hash, client, channel, mask)
+    def signed_part(terms: bytes, client: int, channel: bytes, mask: bytes) -> bytes:
+        """Return what the signature is of; `terms` is their hash."""
+        return encode("advertisement", terms, client, channel, mask)
 
     def digest(self, identity: bytes) -> bytes:
         """Return the hash of client, identity and keys that everybody's context contains."""

@@ -47,16 +47,21 @@ class Payload:
     """How vectors of one round are made and read. Raises `InputError` where their sum could leave the ring.
 
     `size` numbers an update, at most `clients` vectors in a sum, `largest_weight` examples a client at most (more count
-    as so many), and the updates' L2 norm: `clipping_norm`, that of differential privacy where that clips.
+    as so many), and the updates' L2 norm: `clipping_norm`, that of differential privacy where that clips. `numbers` are
+    those that a strategy's clients say, with the largest absolute value of each.
     """
 
     def __init__(
-        self, config: RunConfig, size: int, clients: int, largest_weight: int, clipping_norm: float | None = None
-    ) -> None:
+        self, config: RunConfig, size: int, clients: int, largest_weight: int, clipping_norm: float | None = None,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         own, private = config.secure_aggregation, config.privacy
         self._largest = largest_weight
         central = private.level == "client" and private.noise == "central"
         bounds = {records.TRAIN_LOSS: LARGEST_LOSS}
+        if private.level != "client":
+            # Of private clients nothing leaves that a strategy's would say beside its update.
+            bounds |= numbers or {}
         if private.level == "client" and private.clipping == "adaptive":
             # Half of the inverse of a client's weight, which is 1 / weight-cap at least.
             bounds[records.WITHIN] = 0.5 * max(private.weight_cap, 1)

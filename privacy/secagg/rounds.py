@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import RecordDict
@@ -59,8 +59,13 @@ def hash_of(content: RecordDict) -> bytes:
     return content_hash(arrays, json.dumps(records.config_of(content), sort_keys=True, default=bytes.hex).encode())
 
 
-def payload_of(config: RunConfig, size: int, told: Mapping[str, Any]) -> Payload | NoisyPayload:
-    """Return how vectors of a round are made, from the config that all clients are sent."""
+def payload_of(
+    config: RunConfig, size: int, told: Mapping[str, Any], numbers: Callable[[RunConfig, int], Mapping[str, float]]
+) -> Payload | NoisyPayload:
+    """Return how vectors of a round are made, from the config that all clients are sent.
+
+    `numbers` says how large the numbers are that the strategy's clients send (`strategies.ClientHalf`).
+    """
     cohort, largest, norm = (
         int(told[records.COHORT]),
         int(told[records.LARGEST_WEIGHT]),
@@ -69,7 +74,7 @@ def payload_of(config: RunConfig, size: int, told: Mapping[str, Any]) -> Payload
     if config.privacy.level == "client" and config.privacy.noise == "distributed":
         number = int(told[records.SERVER_ROUND])
         return NoisyPayload(config, size, cohort, survivors_of(config, cohort), number, float(norm or 0.0))
-    return Payload(config, size, cohort, largest, None if norm is None else float(norm))
+    return Payload(config, size, cohort, largest, None if norm is None else float(norm), numbers(config, largest))
 
 
 def survivors_of(config: RunConfig, cohort: int) -> int:

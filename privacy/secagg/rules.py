@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
@@ -17,7 +17,9 @@ from privacy.secagg.rounds import payload_of, plan_of
 _ASYNCHRONOUS = ("fedasync", "fedbuff")
 
 
-def check(config: RunConfig, model: nn.Module, *, linear: bool) -> None:
+def check(
+    config: RunConfig, model: nn.Module, numbers: Callable[[RunConfig, int], Mapping[str, float]], *, linear: bool
+) -> None:
     """Raise `InputError` where the configured run could not take secure sums; `linear` strategies need no more."""
     if config.secure_aggregation.profile == "none":
         return
@@ -27,7 +29,7 @@ def check(config: RunConfig, model: nn.Module, *, linear: bool) -> None:
     plan_of(config, cohort)
     # The largest weight is known once clients have said it; here it is as small as can be.
     told = {records.COHORT: cohort, records.LARGEST_WEIGHT: 1, records.SERVER_ROUND: 1}
-    payload_of(config, size, told | {records.CLIPPING_NORM: config.privacy.clipping_norm})
+    payload_of(config, size, told | {records.CLIPPING_NORM: config.privacy.clipping_norm}, numbers)
 
 
 def _cohort(config: RunConfig) -> int:

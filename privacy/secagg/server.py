@@ -158,7 +158,7 @@ class Server:
         self._stage, self._expected, self._came = stage, set(clients), {}
 
     def _advertised(self, answer: messages.Advertisement) -> messages.Advertisement:
-        signed = messages.Advertisement.signed_part(self.terms, answer.client, answer.channel, answer.mask)
+        signed = messages.Advertisement.signed_part(self.terms.hash, answer.client, answer.channel, answer.mask)
         self._roster.verify(answer.client, signed, answer.signature)
         own = {answer.channel, answer.mask}
         for key in own:
