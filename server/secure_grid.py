@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from torch import nn
 
 from core import records
 from core.config import RunConfig
@@ -126,7 +127,7 @@ class SecureGrid(Grid):
         assert party.total is not None
         return exact.decode(party.total, len(nodes))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, model: nn.Module) -> dict[str, Any]:
         """Return what `summary.json` holds of the run's sums."""
         plan = plan_of(self._config, self._config.count(self._config.sampled))
         return {
@@ -145,7 +146,7 @@ class SecureGrid(Grid):
             **{name: self.totals[name] for name in ("sums", "failed", "dropped", "recovered")},
             "smallest_sum": self.exposure.smallest,
             "solvable": [{"client": c, "round": r} for c, r in sorted(self.exposure.solvable.items())],
-            "not_covered": uncovered(self._config),
+            "not_covered": uncovered(self._config, model),
         }
 
     def state(self) -> dict[str, Any]:

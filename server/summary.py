@@ -34,7 +34,7 @@ def summarise(session: Session, kept: Mapping[str, Any], status: str, error: str
         "best": {key: session.best[key] for key in ("round", "metric", "value")} if session.best else None,
         "baselines": session.baselines,
         "privacy": session.privacy.summary(),
-        "secure_aggregation": session.grid.secure.summary() if session.grid.secure else None,
+        "secure_aggregation": session.grid.secure.summary(session.model) if session.grid.secure else None,
         "traffic": session.traffic,
         "virtual_seconds": session.virtual.seconds if session.virtual else session.virtual_before,
         "answers": session.answers.uncounted,

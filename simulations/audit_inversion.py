@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -26,6 +26,7 @@ from privacy.audit import inversion
 from privacy.client_level import ClientLevel
 from privacy.example_level import ExampleLevel
 from privacy.noise import Source, source
+from privacy.secagg.rounds import survivors_of
 from server.recorder import RunFolder
 from simulations.audit_canaries import Progress
 from simulations.audit_membership import constants_of, setting_of
@@ -34,6 +35,8 @@ from tasks.base import build_model
 
 # More unknown inputs than these are not tried by gradient matching.
 MOST = 64
+# Nor are sums of more clients: an update in one is hidden no better than it says.
+MOST_SUMMED = 10
 PICTURES, SIDE = 4, 64
 # Recognisable, or close: where an example counts as recovered.
 CLEAR_DECIBELS, CLOSE = 20.0, 0.1
@@ -48,7 +51,9 @@ class Protection:
     name: str
     config: RunConfig
     released: bool = False
-    """Whether the server's noise is on it: the sum of a round in which nobody else took part."""
+    """Whether the noise of the sum is on it: where it is of one client, that of a round without anybody else."""
+    others: int = 0
+    """How many other clients' updates are added to it under secure aggregation."""
 
 
 def audit_inversion(folder: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -62,11 +67,16 @@ def audit_inversion(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     batch = min(config.batch_size, len(y))
     amounts = {"one example": 1, f"a batch of {batch}": batch, f"all {len(y)} examples{WHOLE}": len(y)}
     ways = list(protections(config, len(y)))
+    others = [int(other) for other in np.argsort(-sizes, kind="stable") if other != client]
     attack = _Attack(config, torch.from_numpy(x), float(federation.central.x.mean()))
     cases = []
     with progress("inversion: update", len(amounts) * len(ways)) as done:
         for (amount, count), way in product(amounts.items(), ways):
             away = _sent(way, client, x[:count], y[:count], amount)
+            for other in others[: way.others]:
+                own_x, own_y, _ = inputs(setting_of(config), "train", [other], constants_of(folder))
+                more = _sent(replace(way, released=False), other, own_x[:count], own_y[:count], amount)
+                away = {name: t + more[name] for name, t in away.items()}
             found = attack(away, torch.from_numpy(x[:count]), torch.from_numpy(y[:count]))
             cases.append({"amount": amount, "examples": count, "protection": way.name, **found})
             done(len(cases))
@@ -85,7 +95,14 @@ def protections(config: RunConfig, examples: int) -> Iterator[Protection]:
     A run that has none is shown with a usual setting.
     """
     own = config.privacy
-    plain = {key: value for key, value in config.flat().items() if not key.startswith(("privacy.", "audit."))}
+    plain = {
+        key: value
+        for key, value in config.flat().items()
+        if not key.startswith(("privacy.", "audit.", "secure-aggregation.", "faults."))
+    }
+    if config.secure_aggregation.profile != "none":
+        yield from _summed(config, RunConfig.of(plain))
+        return
     if own.level == "none":
         yield Protection("as the run sends it", RunConfig.of(plain))
         yield Protection("clipped to 1 with noise multiplier 1", RunConfig.of({**plain, **STANDARD}))
@@ -103,6 +120,21 @@ def protections(config: RunConfig, examples: int) -> Iterator[Protection]:
         yield Protection("as the server releases it: clipped, noised", config, released=True)
     else:
         yield Protection("as the run sends it: clipped, noised", config)
+
+
+def _summed(config: RunConfig, bare: RunConfig) -> Iterator[Protection]:
+    """Yield how an update is seen under secure aggregation: with as few others as there may be."""
+    cohort = config.count(config.sampled) // config.secure_aggregation.groups
+    others = min(max(config.secure_aggregation.min_cohort, survivors_of(config, cohort)), MOST_SUMMED) - 1
+    yield Protection("bare, which nobody sees", bare)
+    if config.privacy.level == "none":
+        yield Protection(f"in a sum of {others + 1} clients", bare, others=others)
+        return
+    level = ClientLevel.of(config)
+    private = config.with_(audit__canaries=0, privacy__noise_multiplier=level.noise_multiplier, privacy__epsilon=0.0)
+    noise = "with its noise" if config.privacy.noise != "central" else "before the server's noise"
+    released = config.privacy.noise == "distributed"
+    yield Protection(f"clipped, in a sum of {others + 1} clients {noise}", private, released=released, others=others)
 
 
 def _sent(way: Protection, client: int, x: np.ndarray, y: np.ndarray, amount: str) -> Tensors:

@@ -63,15 +63,12 @@ def _config(given: Mapping[str, Any]) -> RunConfig:
     own = ("level", "noise", "delta", "epsilon", "noise-multiplier")
     plain = ("clients", "sampled", "rounds", "batch-size", "local-epochs", "local-steps")
     flat = {f"privacy.{name}": given[name] for name in own if name in given}
+    if flat.get("privacy.noise") == "distributed":
+        flat["secure-aggregation.profile"] = "auto"
     config = RunConfig.of({**flat, **{name: given[name] for name in plain if name in given}})
     level, noise = config.privacy.level, config.privacy.noise
     if level == "none":
         raise InputError("--level none protects nobody; choose client or example.")
-    if noise == "distributed":
-        raise InputError(
-            "--noise distributed makes the sum of central noise inside secure aggregation and costs the same but for a "
-            "thousandth; plan with --noise central."
-        )
     for name in ("epsilon", "noise-multiplier"):
         if given.get(name) == 0:
             raise InputError(f"--{name} 0 leaves nothing to plan; give more than 0, or leave it out.")
@@ -133,7 +130,7 @@ def plan(config: RunConfig, *, examples: int = 0, parameters: int) -> dict[str, 
         "rounds_drawn": drawn,
         "epsilons": [[_epsilon(one, examples, rounds) for rounds in drawn] for one in made],
         "larger": _larger(config, rows) if central else [],
-        "falls_with": 1.0 if central else 0.5,
+        "falls_with": 1.0 if own.level == "client" and own.noise != "local" else 0.5,
         "settings": {key: value for key, value in run.flat().items() if value != RunConfig().flat()[key]},
     }
 

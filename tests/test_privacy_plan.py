@@ -179,7 +179,6 @@ PLAN = ["privacy", "--clients", "100", "--rounds", "10"]
         ([*PLAN, "--level", "example", "--examples", "50", "--delta", "0.1"], ["50 examples of a client"]),
         ([*PLAN, "--examples", "50"], ["--examples 50 changes nothing at --level client"]),
         ([*PLAN, "--local-steps", "5"], ["--local-steps 5 changes nothing"]),
-        ([*PLAN, "--noise", "distributed"], ["--noise distributed", "--noise central"]),
         ([*PLAN, "--noise", "nowhere"], ["privacy.noise='nowhere'"]),
         ([*PLAN, "--out", "/dev/null/x"], ["--out /dev/null/x", "not a folder to write in"]),
     ],

@@ -34,15 +34,17 @@ _RAISED_AT_MOST = 2.0
 class NoisyPayload:
     """How vectors of one round with noise are made and read: `Payload` has the same methods.
 
-    `clients` are asked and `survivors` at least are in the sum. Raises `InputError` where the ring is too small.
+    `clients` are asked, `survivors` at least are in the sum, and `honest` of them keep their noise to themselves: the
+    noise of so many is enough. Raises `InputError` where the ring is too small.
     """
 
     def __init__(
-        self, config: RunConfig, size: int, clients: int, survivors: int, server_round: int, clipping_norm: float
-    ) -> None:
+        self, config: RunConfig, size: int, clients: int, survivors: int, honest: int, server_round: int,
+        clipping_norm: float,
+    ) -> None:  # fmt: skip
         self._level = ClientLevel.of(config)
         self._mechanism = covering(
-            self._level.noise_multiplier, clipping_norm, size, clients, survivors, config.secure_aggregation.bits
+            self._level.noise_multiplier, clipping_norm, size, clients, honest, config.secure_aggregation.bits
         )
         self._rotation = derive(config.seed, "secure rotation", server_round)
         self.survivors = survivors
@@ -66,7 +68,7 @@ class NoisyPayload:
         Raises `ValueError` for fewer than `survivors`, whose noise would be too little: nothing may be released.
         """
         if clients < self.survivors:
-            raise ValueError(f"{clients} clients hold too little noise, that of {self.survivors} is needed")
+            raise ValueError(f"{clients} clients are left, and {self.survivors} are needed for noise enough")
         expected = self._level.expected
         noisy = self._mechanism.decode(total, self._rotation).double().numpy() / expected
         step = self._mechanism.clipping_norm / self._mechanism.radius

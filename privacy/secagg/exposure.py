@@ -27,6 +27,8 @@ class Exposure:
         self._clients = clients
         self._sums: list[tuple[int, ...]] = []
         self._basis = np.zeros((0, clients))
+        self._squares = np.zeros(clients)
+        """The squared length of each of the basis's columns."""
         self.smallest = 0
         """Clients in the smallest sum so far; 0 before the first."""
         self.solvable: dict[int, int] = {}
@@ -36,10 +38,7 @@ class Exposure:
         """Hear of who was in the sums of a round."""
         for members in sums:
             self._add(tuple(sorted(members)))
-        if not sums:
-            return
-        lengths = np.einsum("tn,tn->n", self._basis, self._basis)
-        for client in np.flatnonzero(lengths > 1 - TOLERANCE).tolist():
+        for client in np.flatnonzero(self._squares > 1 - TOLERANCE).tolist():
             self.solvable.setdefault(client, server_round)
 
     def _add(self, members: tuple[int, ...]) -> None:
@@ -53,6 +52,7 @@ class Exposure:
             row -= self._basis.T @ (self._basis @ row)
         if (length := np.linalg.norm(row)) > TOLERANCE:
             self._basis = np.vstack([self._basis, row / length])
+            self._squares += self._basis[-1] ** 2
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

@@ -73,11 +73,17 @@ def payload_of(
     )
     if config.privacy.level == "client" and config.privacy.noise == "distributed":
         number = int(told[records.SERVER_ROUND])
-        return NoisyPayload(config, size, cohort, survivors_of(config, cohort), number, float(norm or 0.0))
+        least = survivors_of(config, cohort), honest_of(config, cohort)
+        return NoisyPayload(config, size, cohort, *least, number, float(norm or 0.0))
     return Payload(config, size, cohort, largest, None if norm is None else float(norm), numbers(config, largest))
 
 
 def survivors_of(config: RunConfig, cohort: int) -> int:
-    """Return how many of a cohort are left at least: their noise alone is enough."""
+    """Return how many of a cohort must be in its sum: fewer have too little noise."""
     own = config.secure_aggregation
     return max(own.min_cohort, cohort - int(own.dropout_tolerance * cohort))
+
+
+def honest_of(config: RunConfig, cohort: int) -> int:
+    """Return how many of those add noise that nobody takes away again: the corrupt ones know their own shares."""
+    return max(1, survivors_of(config, cohort) - int(config.secure_aggregation.corrupt * cohort))

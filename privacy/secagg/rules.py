@@ -94,7 +94,7 @@ def _refused(config: RunConfig, linear: bool) -> Iterator[str]:
         )
 
 
-def uncovered(config: RunConfig) -> list[str]:
+def uncovered(config: RunConfig, model: nn.Module) -> list[str]:
     """Return what secure aggregation does not hide from the server, a phrase each."""
     own, found = config.secure_aggregation, []
     if not own.roster:
@@ -102,6 +102,10 @@ def uncovered(config: RunConfig) -> list[str]:
     found.append("who takes part in which round")
     found.append("each client's evaluation metrics, and how many test and validation examples they are of")
     found.append("the sums themselves, and the model that is made of them")
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules()):
+        found.append(
+            "a word that one client of a sum alone has used: its row of the embedding has no others to hide in"
+        )
     if config.baselines:
         found.append("the baselines, trained on clients' examples in one place")
     return found
