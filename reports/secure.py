@@ -31,6 +31,8 @@ STAGES = {
 SOLVABLE = "the sums together, with others, give its update away, as far as it sends nearly the same in every round"
 HEIGHT = 220
 SHOWN = 8
+# An empty key: the figure beside one that has a key starts at the same height.
+LEVEL = key([("faint", "transparent", " ")])
 
 
 def lines(masked: Masked | None, rounds: Rows, config: Mapping[str, Any]) -> Iterator[str]:
@@ -135,7 +137,7 @@ def section(run: RunData) -> Section | None:
         marks = [("circle", look.FEDERATED, "clients in a sum"), ("square", look.GREY, "dropped out")]
         panels.append(figure(_sums(run), "Clients in each sum, and who dropped out", key(marks)))
     if (chart := _errors(run)) is not None:
-        panels.append(figure(chart, "No number of the mean is off by more, by rounding", key([])))
+        panels.append(figure(chart, "No number of the mean is off by more, by rounding", LEVEL))
     parts += [element("div", *panels, class_="halves"), _by_round(run)]
     parts.append(paragraph("The server learns all the same:"))
     parts.append(element("ul", *(element("li", phrase) for phrase in open_to_all(masked))))
@@ -152,13 +154,13 @@ def totals(run: RunData) -> Section | None:
     many = plural(len(run.heterogeneity.get("clients") or ()), "client")
     said = (
         f"{many} with {plural(sizes.get('train', 0), 'training example')} in all. Secure aggregation adds up what they "
-        "say of their data: who has how many of which label is known to nobody, and how unlike they are neither."
+        "say of their data: nobody else knows who has how many of which label, nor how unlike they are."
     )
     rows = [
         (label, f"{count:,}", percent(count / max(1, sum(labels))))
         for label, count in zip(run.heterogeneity["labels"], labels, strict=True)
     ]
-    splits = ", ".join(f"{split} {count:,}" for split, count in sizes.items())
+    splits = f"Examples of all: {', '.join(f'{split} {count:,}' for split, count in sizes.items())}."
     table = markup.table(["Label", "Training examples of all", "Share"], rows)
     return Section("heterogeneity", "Heterogeneity", join([paragraph(said), table, paragraph(splits, quiet=True)]))
 

@@ -57,6 +57,7 @@ def create_identities(folder: Path, clients: int, console: Console) -> None:
         "The server's run: secure-aggregation.profile=malicious secure-aggregation.roster=ROSTER",
         "Client i, when its SuperNode is started:",
         '  --node-config \'partition-id=i secure-identity="PATH/client-i.key" secure-roster="PATH/roster.json"\'',
+        '  and secure-profile="semi-honest" beside it, where a run may have that profile: else it is refused.',
         "Bring both by a way that the server has no hand in, and delete the keys here.",
     ]
     for line in lines:
@@ -162,7 +163,7 @@ def _explained(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     if MALICIOUS in profiles:
         said.append(
-            "malicious: whatever the server says, and whoever of so many clients helps it, it learns one sum a round."
+            "malicious: even a server that lies, with so many clients on its side, learns one sum a round and no more."
         )
     if len(profiles - {MALICIOUS}):
         said.append(
