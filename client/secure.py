@@ -25,7 +25,7 @@ from privacy.secagg.errors import SecAggError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
 from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
-from privacy.secagg.payload import flatten
+from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, run_name
 from strategies import ClientHalf
 
@@ -76,9 +76,11 @@ class SecureClients:
         tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
         if tensors.keys() != set(names):
             raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
-        rows = flatten([tensors[name].cpu().numpy() for name in names])
-        rows = rows - flatten([_origin(name, tensors[name].shape[1:], origin)[None] for name in names])
-        payload = payload_of(self._config, rows.shape[1], config, self._half.numbers)
+        # What travels beside the model is a difference already.
+        away = {name: tensors[name].cpu().numpy() for name in names}
+        away = {name: t if "/" in name else t - origin[name] for name, t in away.items()}
+        layout = Layout.of({name: t[0] for name, t in away.items()})
+        payload = payload_of(self._config, layout.size, config, self._half.numbers)
         numbers = {key: v.tolist() for key, v in {records.TRAIN_LOSS: update.loss, **update.metrics}.items()}
         weights = None if update.weight is None else update.weight.tolist()
 
@@ -92,7 +94,9 @@ class SecureClients:
                 drawn = Simulated(self._config.seed, "secure rounding", number, client)
             weight = None if weights is None else weights[i]
             each = {key: column[i] for key, column in numbers.items()}
-            vector = payload.encode(rows[i], sizes[i], weight, each, drawn)
+            vector = payload.encode(
+                layout.flatten({name: t[i] for name, t in away.items()}), sizes[i], weight, each, drawn
+            )
             return own.mask(messages.Delivery.from_bytes(part), vector, hashed)
 
         return self._each(content, contexts, answer, ~sound, told=False)
@@ -191,8 +195,3 @@ def parts_of(content: RecordDict) -> Callable[[int], bytes]:
         return found
 
     return find
-
-
-def _origin(name: str, shape: Sequence[int], origin: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return what a tensor is the difference to: the global model's own; what travels beside it is one already."""
-    return np.zeros(tuple(shape), dtype=np.float32) if "/" in name else origin[name]

@@ -30,6 +30,7 @@ from privacy.secagg.exposure import Exposure
 from privacy.secagg.graph import malicious_threshold
 from privacy.secagg.keys import Roster
 from privacy.secagg.payload import Sum
+from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
@@ -171,8 +172,8 @@ class SecureGrid(Grid):
         config[records.COHORT] = max(len(party.nodes) for party in parties)
         config[records.LARGEST_WEIGHT] = self.largest_weight
         origin = {name: to_numpy(array) for name, array in arrays.items()}
-        shapes = {name: origin[name.rpartition("/")[2]].shape for name in self.sends}
-        payload = payload_of(self._config, sum(int(np.prod(shape)) for shape in shapes.values()), config, self._numbers)
+        layout = Layout.of({name: origin[name.rpartition("/")[2]] for name in self.sends})
+        payload = payload_of(self._config, layout.size, config, self._numbers)
         sent = RecordDict({records.ARRAYS: arrays, records.CONFIG: ConfigRecord(config)})
         self._run_round(parties, "train", sent, payload.length, timeout)
         replies, sums = [], []
@@ -182,7 +183,7 @@ class SecureGrid(Grid):
                     found = payload.decode(party.total, len(party.counted))
                     sums.append((party.counted, found))
                     first = by_client[party.counted[0]]
-                    replies.append(Message(self._mean(party, found, origin, shapes), reply_to=first))
+                    replies.append(Message(self._mean(party, found, origin, layout), reply_to=first))
             except ValueError as error:
                 party.error, party.total = str(error), None
             out = party.nodes.keys() - set(party.counted)
@@ -205,16 +206,10 @@ class SecureGrid(Grid):
         for part in np.array_split(clients, min(self._own.groups, len(clients))):
             yield {client: by_client[client].metadata.dst_node_id for client in sorted(part.tolist())}
 
-    def _mean(
-        self, party: Party, found: Sum, origin: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-    ) -> RecordDict:
+    def _mean(self, party: Party, found: Sum, origin: Mapping[str, np.ndarray], layout: Layout) -> RecordDict:
         """Return the mean of a sum as the answer of all who are in it."""
-        flat, mean, at = found.update, {}, 0
-        for name, shape in shapes.items():
-            size = int(np.prod(shape))
-            away = flat[at : at + size].reshape(shape)
-            mean[name] = (away if "/" in name else origin[name] + away).astype(np.float32)
-            at += size
+        away = layout.restore(found.update)
+        mean = {name: part if "/" in name else origin[name] + part for name, part in away.items()}
         metrics: dict[str, Any] = {records.NUM_EXAMPLES: found.examples, **found.metrics}
         if found.weight is not None:
             metrics[records.WEIGHT] = found.weight

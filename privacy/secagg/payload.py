@@ -7,7 +7,7 @@ weight is its number of examples, or one from 0 to 1 that its strategy gives; wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,10 +127,3 @@ class Payload:
         metrics = dict(zip(self._names, found.metrics, strict=True))
         weight = found.weight if explicit else None
         return Sum(found.update, metrics, weight, examples, found.clipped, found.worst_error)
-
-
-def flatten(tensors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return tensors (C, ...) of a cohort as rows (C, size) float32."""
-    flat = [np.reshape(t, (len(t), -1)).astype(np.float32, copy=False) for t in tensors]
-    rows: np.ndarray = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
-    return rows
