@@ -81,7 +81,10 @@ def covering(
     """Return the mechanism whose moments are at most those of a Gaussian with this noise multiplier at all `ORDERS`."""
     raised = noise_multiplier
     for _ in range(_STEPS):
-        found = Skellam(clipping_norm, raised, size, clients, survivors, bits)
+        try:
+            found = Skellam(clipping_norm, raised, size, clients, survivors, bits)
+        except InputError:
+            break
         reached = gaussian_of(found)
         if reached >= noise_multiplier:
             return found

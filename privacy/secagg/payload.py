@@ -20,8 +20,8 @@ from privacy.secagg.quantise import Quantiser
 
 # Of a training loss; a larger one counts as this.
 LARGEST_LOSS = 100.0
-# Weights from 0 to 1 are rounded to so many steps at most.
-WEIGHT_STEPS = 65535
+# Weights from 0 to 1 are rounded to 2^-16, or to what the ring has room for.
+_WEIGHT_BITS = 16
 # Of 8 bytes each: a seed of 32.
 _SEED_NUMBERS = 4
 
@@ -79,7 +79,8 @@ class Payload:
             )  # fmt: skip
 
         self._by_examples = quantiser(float(largest_weight), 1.0)
-        steps = private.weight_cap if central else min(WEIGHT_STEPS, ((1 << own.bits) - 1) // clients)
+        room = (((1 << own.bits) - 1) // clients).bit_length() - 1
+        steps = private.weight_cap if central else 1 << max(0, min(_WEIGHT_BITS, room))
         self._by_weight = quantiser(1.0, 1.0 / max(steps, 1))
         # Under differential privacy a client must not change the sum by more than the norm, roundings included.
         self._room = self._by_weight.clipping_norm if central else math.inf
