@@ -100,5 +100,5 @@ def covering(
 def gaussian_of(mechanism: Skellam) -> float:
     """Return the noise multiplier of the Gaussian whose moments at `ORDERS` are just not smaller."""
     orders = np.array(ORDERS)
-    moments = skellam.skellam_rdp(mechanism.sensitivity, mechanism.padded, mechanism.variance)
-    return float(np.sqrt(orders / (2 * moments[orders - int(skellam.ORDERS[0])])).min())
+    moments = mechanism.rdp[np.searchsorted(skellam.ORDERS, orders)]
+    return float(np.sqrt(orders / (2 * moments)).min())
