@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from core.errors import InputError
 from privacy.accounting import Event, epsilon
@@ -66,9 +67,13 @@ def test_more_canaries_reach_further_and_choosing_among_guesses_is_paid_for() ->
 
 
 def test_the_estimate_is_the_gaussian_mechanisms_epsilon() -> None:
-    for mu in (0.5, 1.0, 3.0):
-        assert one_run.gaussian_epsilon(mu, 1e-5) == pytest.approx(epsilon({Event(1.0, 1 / mu): 1}, 1e-5), rel=1e-3)
     grid = np.linspace(-1, 1, 101)
+    for mu in (0.5, 1.0, 3.0):
+        found = one_run.estimate(grid + mu * grid.std(ddof=1), grid, 1e-5)
+        # Balle and Wang, ICML 2018, equation 6: its delta is the one that was asked for.
+        first, second = (stats.norm.cdf(sign * mu / 2 - found / mu) for sign in (1, -1))
+        assert first - math.exp(found) * second == pytest.approx(1e-5, rel=1e-3)
+    assert one_run.estimate(grid - 1, grid, 1e-5) == 0
     assert one_run.estimate(grid, grid, 1e-5) == 0
     assert math.isnan(one_run.estimate(grid[:1], grid, 1e-5))
 
