@@ -12,7 +12,7 @@ shorter in the mean, by less than a step). Skellam noise, the difference of two 
 is added up: each client's has variance mu / survivors, so that the fewest survivors together still have
 mu = (noise_multiplier r)^2. With more the noise grows and epsilon does not.
 
-Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, theorem 3.5 and corollary 3.6), for integer orders alpha > 1:
+Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, "The Skellam mechanism"), for integer orders alpha > 1:
 
     eps(alpha) = alpha Delta_2^2 / (2 mu) + min{((2 alpha - 1) Delta_2^2 + 6 Delta_1) / (4 mu^2), 3 Delta_1 / (2 mu)}.
 
@@ -198,7 +198,7 @@ def amplified(rdp: np.ndarray, rate: float) -> np.ndarray:
     With q the rate, exp((alpha - 1) eps'(alpha)) = sum_l C(alpha, l) (1 - q)^(alpha - l) q^l exp((l - 1) eps(l)): of
     any mechanism for who leaves, and for who joins with a factor of 3 from l = 3 on (Zhu and Wang, ICML 2019). The
     factor is not needed where a reflection exchanges the two distributions, as x -> Delta - x does for symmetric noise:
-    then leaving is the worse of the two (Mironov, Talwar and Zhang, 2019, theorem 5; sums instead of integrals).
+    then leaving is the worse of the two (Mironov, Talwar and Zhang, 2019; sums instead of integrals).
     """
     if not 0 <= rate <= 1:
         raise InputError(f"a sampling rate of {rate} is not a probability; choose a number from 0 to 1.")
