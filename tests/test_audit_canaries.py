@@ -19,8 +19,10 @@ from privacy.accounting import Event, epsilon
 from privacy.audit import one_run
 from privacy.audit.canaries import Directions, Noise, log_likelihood, most, without_drift
 from privacy.noise import Simulated, Source
-from reports.load import load
+from reports.audit_words import lines
+from reports.load import AUDIT, load
 from reports.page import write_report
+from reports.protection import SIMULATED
 from server.recorder import RunFolder
 from simulations.audit_canaries import audit_canaries, verdict
 from simulations.run import Run, check_run, resume, simulate
@@ -253,6 +255,16 @@ def test_what_a_preset_says_of_baselines_is_no_obstacle(smoke: Callable[..., Any
 def test_a_run_that_stands_for_more_clients_is_not_called_a_liar(smoke: Callable[..., Any]) -> None:
     run = simulate(smoke(**PRIVATE, rounds=1, privacy__population=100))
     assert "stands for 100 clients" in audit_canaries(run, RunFolder.open(run.path), None, quiet)["skipped"]
+
+
+def test_an_audit_says_where_the_noise_was_simulated(smoke: Callable[..., Any]) -> None:
+    for seed, marked in ((0, True), (-1, False)):
+        run = simulate(smoke(**PRIVATE, privacy__noise_seed=seed, rounds=1, audit__canaries=50))
+        found = {"canaries": {**audit_canaries(run, RunFolder.open(run.path), None, quiet), "seconds": 1.0}}
+        assert (SIMULATED in next(lines(found))) == marked
+        RunFolder.open(run.path).write_json(AUDIT, found)
+        page = write_report(run.path).read_text()
+        assert (SIMULATED in page[page.index(">Claimed<") : page.index(">Proven<")]) == marked
 
 
 def test_a_run_without_noise_has_nothing_to_prove(smoke: Callable[..., Any]) -> None:
