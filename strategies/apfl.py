@@ -24,6 +24,8 @@ OWN, MIXTURE, ALPHA = "own", "mixture", "alpha"
 class APFL(Linear):
     """FedAvg with a personal mixture; alpha begins at `mixture`."""
 
+    private_by_example = True
+
     def __init__(self, *, mixture: float = 0.5, adaptive: bool = True, **fedavg: Any) -> None:
         if not 0 <= mixture <= 1:
             raise ValueError("mixture must be from 0 to 1")
