@@ -12,7 +12,7 @@ shorter in the mean, by less than a step). Skellam noise, the difference of two 
 is added up: each client's has variance mu / survivors, so that the fewest survivors together still have
 mu = (noise_multiplier r)^2. With more the noise grows and epsilon does not.
 
-Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, theorem 3.5 and corollary 3.6), for integer orders alpha > 1:
+Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, "The Skellam mechanism"), for integer orders alpha > 1:
 
     eps(alpha) = alpha Delta_2^2 / (2 mu) + min{((2 alpha - 1) Delta_2^2 + 6 Delta_1) / (4 mu^2), 3 Delta_1 / (2 mu)}.
 
