@@ -256,8 +256,13 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
         found.append("the means and deviations that scale the central test set")
     if own.level == "client" and own.noise == "central" and config.count(config.sampled) < config.clients:
         found.append("who took part in which round, which must stay secret (clients.parquet)")
-    found.append("each client's numbers of examples and labels, stated at the start")
-    found.append("clients' training losses and evaluation metrics, for the operator's eyes")
+    if config.secure_aggregation.profile == "none":
+        found.append("each client's numbers of examples and labels, stated at the start")
+        found.append("clients' training losses and evaluation metrics, for the operator's eyes")
+    else:
+        found.append("the sums of clients' numbers of examples and labels, stated at the start")
+        losses = "" if own.noise == "distributed" else "the means of clients' training losses, and "
+        found.append(f"{losses}clients' evaluation metrics, for the operator's eyes")
     if config.attack.kind in COLLUDING and not (own.level == "client" and own.noise == "central"):
         found.append(f"malicious clients' own data, which they share without noise (attack.kind={config.attack.kind})")
     if config.baselines:

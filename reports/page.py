@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reports import answers, audit, cost, markup, protection, provenance, sections
+from reports import answers, audit, cost, markup, protection, provenance, sections, secure
 from reports.load import RunData, load
 from reports.markup import Html, Section, element
 from reports.words import plural
@@ -17,7 +17,9 @@ SECTIONS: list[Callable[[RunData], Section | None]] = [
     sections.federation,
     sections.clients,
     sections.differences,
+    secure.totals,
     protection.section,
+    secure.section,
     answers.malicious,
     audit.section,
     cost.speed,

@@ -18,11 +18,16 @@ WHOM = {
     "example": "Whoever sees the models of a client cannot tell whether any one of its examples was there",
     "client": "Whoever sees the models cannot tell whether any one client took part at all",
     "local": "Whoever sees a client's updates, the server too, cannot tell its data from others; who took part shows",
+    "distributed": "Whoever sees the sums, the server too, cannot tell a client's data from none; who took part shows",
 }
 WHO = {
     "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
     "local": "every client adds noise to its own update before it leaves",
+    "distributed": "every client adds a share of it under its masks; nobody sees the sum without noise",
 }
+SUMS = "the server adds noise to the secure sum of clipped updates; it sees the sum, and no update"
+# By whether updates are masked.
+BARE = {False: "updates leave clients in clear", True: "the server sees sums alone, to which no noise is added"}
 HEIGHT = 240
 
 
@@ -39,10 +44,10 @@ def bound(privacy: Mapping[str, Any]) -> str:
     return f"{said} ({SIMULATED})" if privacy.get("simulated") else said
 
 
-def lines(privacy: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the terminal says at the end of a run."""
+def lines(privacy: Mapping[str, Any], masked: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Yield what the terminal says at the end of a run; `masked` is the summary of secure aggregation, if any."""
     if privacy["level"] == "none":
-        yield "Privacy: none; updates leave clients in clear."
+        yield f"Privacy: none; {BARE[bool(masked)]}."
         return
     worst = ", the worst of all clients" if "clients" in privacy else ""
     yield f"Privacy: {bound(privacy)}{worst}, by {privacy['accountant']}."
@@ -68,9 +73,9 @@ def headline(summary: Mapping[str, Any]) -> Html:
     """Return the privacy tile. Without protection it says so: silence would read as protection."""
     privacy, masked = summary.get("privacy") or {}, summary.get("secure_aggregation")
     level = privacy.get("level", "none")
-    masks = f"updates masked by {masked.get('protocol', 'secure aggregation')}" if masked else ""
+    masks = f"updates masked, {masked.get('profile')} secure aggregation" if masked else ""
     if level == "none":
-        return tile("Privacy", "none", masks + ", no noise" if masks else "updates leave clients in clear")
+        return tile("Privacy", "none", f"{masks}; no noise" if masks else BARE[False])
     delta = finite(privacy.get("delta"))
     said = f"{level} level, δ = {NOTHING if delta is None else format(delta, 'g')}"
     if privacy.get("accountant"):
@@ -86,7 +91,7 @@ def section(run: RunData) -> Section | None:
     privacy = run.summary.get("privacy") or {}
     if privacy.get("level", "none") == "none":
         return None
-    whom = "local" if privacy.get("noise") == "local" else privacy["level"]
+    whom = str(privacy["noise"] if privacy.get("noise") in ("local", "distributed") else privacy["level"])
     parts = [paragraph(f"{WHOM[whom]}: {bound(privacy)}.")]
     if privacy.get("simulated"):
         said = f"Noise and samples are those of privacy.noise-seed={run.config.get('privacy.noise-seed')}: "
@@ -124,8 +129,11 @@ def _mechanism(run: RunData, privacy: Mapping[str, Any]) -> Html:
         norm = f"{number(norms[0])} to {number(norms[-1])}, following a quantile of the updates"
     z = finite(privacy.get("noise_multiplier"))
     q = finite(privacy.get("sampling_rate"))
+    who = WHO.get(str(privacy.get("noise")), "every client adds noise to each of its steps")
+    if run.summary.get("secure_aggregation") and privacy.get("noise") == "central":
+        who = SUMS
     rows: list[tuple[str, object]] = [
-        ("Noise", WHO.get(str(privacy.get("noise")), "every client adds noise to each of its steps")),
+        ("Noise", who),
         ("Clipping norm", norm),
         ("Noise multiplier", "each client's own, by its budget" if z is None else number(z, 4)),
         *([("Sampling rate of clients", number(q, 4))] if q is not None else []),

@@ -130,8 +130,9 @@ class SecureGrid(Grid):
 
     def summary(self, model: nn.Module) -> dict[str, Any]:
         """Return what `summary.json` holds of the run's sums."""
-        plan = plan_of(self._config, self._config.count(self._config.sampled))
+        plan = plan_of(self._config, -(-self._config.count(self._config.sampled) // self._own.groups))
         return {
+            "protocol": "secagg+" if plan.neighbours else "secagg",
             "profile": plan.profile,
             "clients": plan.clients,
             "neighbours": plan.neighbours or plan.clients - 1,

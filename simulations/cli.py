@@ -171,6 +171,36 @@ def privacy(
 
 
 @app.command()
+def secure(
+    clients: Annotated[list[int], typer.Option(metavar="N", help="Clients of a sum; several are compared.")],
+    corrupt: Annotated[float | None, typer.Option(metavar="P", help="Share that spies for the server; 0.1.")] = None,
+    dropout: Annotated[float | None, typer.Option(metavar="P", help="Share that may drop out; 0.1.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="malicious, semi-honest, or auto: by clients.")
+    ] = None,
+    parameters: Annotated[int, typer.Option(metavar="P", min=1, help="Numbers that the model has.")] = 10_000,
+    bits: Annotated[int | None, typer.Option(metavar="M", help="Bits of the ring in which sums are taken; 32.")] = None,
+    clip: Annotated[float | None, typer.Option(metavar="C", help="Largest L2 norm of an update; 100.")] = None,
+) -> None:
+    """Plan secure aggregation, running nothing: fedra secure --clients 10 --clients 100 --parameters 160000"""
+    from simulations.secure_plan import secure_plan
+
+    given = {"corrupt": corrupt, "dropout-tolerance": dropout, "profile": profile, "bits": bits, "clip": clip}
+    secure_plan(clients, parameters, {key: v for key, v in given.items() if v is not None}, console=console)
+
+
+@app.command()
+def identities(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where keys and roster go.")],
+    clients: Annotated[int, typer.Option(metavar="N", min=3, help="Clients of the federation.")],
+) -> None:
+    """Make clients' identity keys and the roster of them, for a deployment with secure aggregation."""
+    from simulations.secure_plan import create_identities
+
+    create_identities(folder, clients, console)
+
+
+@app.command()
 def audit(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     canaries: Annotated[int | None, typer.Option(metavar="N", min=1, help="1000 by default, or what fits.")] = None,

@@ -14,8 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from core.config import RunConfig
-from reports import protection
-from reports.load import nested
+from reports import protection, secure
+from reports.load import nested, read_rounds
 from reports.words import duration, metric, number, plural, size
 from server.answers import NothingLearntError
 from server.malice import warnings
@@ -96,6 +96,8 @@ class Progress:
         self._bar.update(self._task, completed=row["round"], numbers=line)
         if not self.console.is_terminal:
             self.print(f"round {row['round']}/{self.config.rounds}  {line}  {self._left(row['round'])}")
+        for reason in (row.get("secure_aggregation") or {}).get("failed", ()) if row["sampled"] else ():
+            self.print(f"round {row['round']}: no secure sum: {reason}")
         if not row["sampled"]:
             moved = "the model moves by noise alone" if row["aggregated"] else "the model stays"
             self.print(f"round {row['round']}: no client was drawn; {moved}")
@@ -135,7 +137,10 @@ class Progress:
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
         for line in _remarks(summary, self.config.compression.kind):
             self.print(line)
-        for line in protection.lines(summary["privacy"]):
+        masked = summary["secure_aggregation"]
+        for line in secure.lines(masked, read_rounds(run.path) if masked else [], self.config.flat()):
+            self.print(line)
+        for line in protection.lines(summary["privacy"], masked):
             self.print(line)
         self.print(f"Run folder: {run.path}")
         self.print(f"Report:     {run.path / 'report.html'}")

@@ -28,6 +28,13 @@ from reports.variants import Interval, interval
 from reports.words import METRICS, bounded, duration, number, ordered, size
 
 HOSTILE = "<script>alert('x')</script><a href=\"https://evil.example\">&"
+# What summary.json holds of secure aggregation.
+MASKED = {
+    "protocol": "secagg+", "profile": "semi-honest", "clients": 1000, "neighbours": 46, "threshold": 26,
+    "corrupt": 100, "dropouts": 100, "privacy_bits": 41.1, "correctness_bits": 23.0, "ring_bits": 32, "clip": 10.0,
+    "groups": 1, "identities": "roster", "sums": 3, "failed": 0, "dropped": 7, "recovered": 4, "smallest_sum": 993,
+    "solvable": [], "not_covered": ["who takes part in which round"],
+}  # fmt: skip
 METRIC_VALUES = {"loss": 0.25, "accuracy": 0.9, "auroc": 0.95}
 
 
@@ -268,12 +275,12 @@ def test_early_stopping_and_the_best_round_are_said(tmp_path: Path) -> None:
 
 def test_privacy_is_never_said_by_silence(tmp_path: Path) -> None:
     private = {"level": "client", "epsilon": 3.21, "delta": 1e-5, "accountant": "rdp"}
-    page = read(run_folder(tmp_path / "a", privacy=private, secure_aggregation={"protocol": "secagg+"}))
+    page = read(run_folder(tmp_path / "a", privacy=private, secure_aggregation=MASKED))
     assert "ε = 3.21" in page.text
     assert "client level, δ = 1e-05" in page.text
-    assert "updates masked by secagg+" in page.text
-    masked = read(run_folder(tmp_path / "b", secure_aggregation={"protocol": "secagg+"}))
-    assert "updates masked by secagg+, no noise" in masked.text
+    assert "updates masked, semi-honest secure aggregation" in page.text
+    masked = read(run_folder(tmp_path / "b", secure_aggregation=MASKED))
+    assert "updates masked, semi-honest secure aggregation; no noise" in masked.text
 
 
 def test_failed_clients_are_listed_by_round(tmp_path: Path) -> None:
