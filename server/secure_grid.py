@@ -34,6 +34,7 @@ from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
+from server.asking import ask
 from server.secure_round import Party, SecureRound
 from strategies import client_half
 
@@ -112,7 +113,7 @@ class SecureGrid(Grid):
         """
         found = list(messages)
         if not found or found[0].metadata.message_type != "train":
-            return self._grid.send_and_receive(found, timeout=timeout)
+            return ask(self._grid, found, timeout)
         return self._trained(found, timeout)
 
     def add_up(self, content: RecordDict, nodes: Mapping[int, int], numbers: int, timeout: float) -> list[float]:
@@ -246,7 +247,7 @@ class SecureGrid(Grid):
         server_round = records.server_round(content) or 0
         # Rounds of the protocol only go up, and the first of them comes before training.
         self._number = max(self._number, server_round) + 1
-        hashed, run_id = hash_of(content), self._grid.run.run_id
+        hashed, run_id = hash_of(content, self._config), self._grid.run.run_id
         for party in parties:
             try:
                 terms = terms_of(self._config, run_id, self._number, hashed, length, len(party.nodes))
