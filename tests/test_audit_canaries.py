@@ -183,7 +183,7 @@ def test_an_honest_run_passes_and_one_with_a_tenth_of_the_noise_does_not(
 
 def test_missing_noise_is_measured_where_guesses_cannot_reach() -> None:
     found = {"epsilon": 12.0, "reach": 5.4, "observers": {"known": {"bound": 5.4}}, "noise": [1.0, 0.98, 1.02]}
-    assert verdict(found) == "out of reach"
+    assert verdict(found) == "not refuted"
     assert verdict({**found, "noise": [0.1, 0.09, 0.11]}) == "too little noise"
     assert verdict({**found, "epsilon": 5.0, "noise": None}) == "violated"
 
