@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client.evaluate import evaluate, statistics
 from client.replies import Reply, merged, refused
-from client.setting import open_setting
+from client.secure import SecureClients, open_secure, refuse_in_clear
 from client.train import train
 from core import records
 from core.records import client_of
@@ -38,6 +38,10 @@ class CohortApp(ClientApp):
 
     def _answer(self, message_type: str, content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
         try:
+            refuse_in_clear(message_type, content, contexts)
+            if records.SECURE not in content:
+                # What is left of a round in which a client dropped out is over: it is asked for something else.
+                SecureClients.forget(contexts)
             return HANDLERS[message_type](content, contexts)
         except Exception as error:
             if len(contexts) > 1:
@@ -52,7 +56,7 @@ def _secure(message_type: str) -> Callable[[RecordDict, Sequence[Context]], list
     """Return what answers one of secure aggregation's messages."""
 
     def answer(content: RecordDict, contexts: Sequence[Context]) -> list[Reply]:
-        secure = open_setting(contexts).secure
+        secure = open_secure(contexts)
         if secure is None:
             raise ValueError("this run has no secure aggregation (secure-aggregation.profile=none)")
         return secure.answer(message_type, content, contexts)

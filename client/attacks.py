@@ -139,9 +139,9 @@ def _gaussian(like: Tensor, seed: int) -> Tensor:
 def _min_max(updates: Tensors, mean: Tensors, deviation: Tensors) -> float:
     """Return the largest gamma at which mean - gamma deviation is no farther from any update than two are apart.
 
-    Shejwalkar and Houmansadr, NDSS 2021, equation 10, by bisection.
+    Shejwalkar and Houmansadr, NDSS 2021, "Min-Max", by bisection.
     """
-    flat = torch.cat([u.flatten(1) for u in updates.values()], dim=1).double()
+    flat = torch.cat([u.reshape(len(u), -1) for u in updates.values()], dim=1).double()
     m = torch.cat([t.flatten() for t in mean.values()]).double()
     d = torch.cat([t.flatten() for t in deviation.values()]).double()
     most = float(torch.cdist(flat, flat).max())

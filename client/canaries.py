@@ -91,4 +91,4 @@ class CanarySteps:
 
 
 def _flat(tensors: Tensors) -> Tensor:
-    return torch.cat([t.flatten(1) for t in tensors.values()], dim=1).cpu().double()
+    return torch.cat([t.reshape(len(t), -1) for t in tensors.values()], dim=1).cpu().double()

@@ -5,6 +5,7 @@ The protocol is `privacy/secagg`; here are Flower's messages and what a client k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,13 @@ from privacy.noise import Simulated, Source
 from privacy.secagg import exact, identities, messages
 from privacy.secagg.client import Client, State
 from privacy.secagg.distributed import NoisyPayload
-from privacy.secagg.errors import SecAggError
+from privacy.secagg.errors import RefusedError, SecAggError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
 from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
-from privacy.secagg.payload import flatten
+from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, run_name
-from strategies import ClientHalf
+from strategies import ClientHalf, client_half
 
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
 IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
@@ -71,14 +72,16 @@ class SecureClients:
 
         Clients (C,) bool that are not `sound` have no answer here. `noise` is where distributed privacy draws.
         """
-        config, hashed = records.config_of(content), hash_of(content)
+        config, hashed = records.config_of(content), hash_of(content, self._config)
         number = int(config[records.SERVER_ROUND])
         tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
         if tensors.keys() != set(names):
             raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
-        rows = flatten([tensors[name].cpu().numpy() for name in names])
-        rows = rows - flatten([_origin(name, tensors[name].shape[1:], origin)[None] for name in names])
-        payload = payload_of(self._config, rows.shape[1], config, self._half.numbers)
+        # What travels beside the model is a difference already.
+        away = {name: tensors[name].cpu().numpy() for name in names}
+        away = {name: t if "/" in name else t - origin[name] for name, t in away.items()}
+        layout = Layout.of({name: t[0] for name, t in away.items()})
+        payload = payload_of(self._config, layout.size, config, self._half.numbers)
         numbers = {key: v.tolist() for key, v in {records.TRAIN_LOSS: update.loss, **update.metrics}.items()}
         weights = None if update.weight is None else update.weight.tolist()
 
@@ -92,7 +95,9 @@ class SecureClients:
                 drawn = Simulated(self._config.seed, "secure rounding", number, client)
             weight = None if weights is None else weights[i]
             each = {key: column[i] for key, column in numbers.items()}
-            vector = payload.encode(rows[i], sizes[i], weight, each, drawn)
+            vector = payload.encode(
+                layout.flatten({name: t[i] for name, t in away.items()}), sizes[i], weight, each, drawn
+            )
             return own.mask(messages.Delivery.from_bytes(part), vector, hashed)
 
         return self._each(content, contexts, answer, ~sound, told=False)
@@ -101,7 +106,7 @@ class SecureClients:
         self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
     ) -> list[Reply]:
         """Return numbers of each client's as masked vectors, to be added up exactly."""
-        hashed = hash_of(content)
+        hashed = hash_of(content, self._config)
 
         def answer(own: Client, part: bytes, i: int) -> Message:
             return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
@@ -157,6 +162,11 @@ class SecureClients:
         kept = context.state.config_records.get(records.SECURE)
         state = State.from_bytes(kept[STATE]) if kept is not None else State()  # type: ignore[arg-type]
         client, node, own = client_of(context), context.node_config, self._config.secure_aggregation
+        if own.roster and IDENTITY not in node:
+            raise RefusedError(
+                f"this run has a roster, and client {client} was given no key of its own; start its node with "
+                f"{IDENTITY}=PATH and {ROSTER}=PATH (`fedra identities` makes the files)"
+            )
         if IDENTITY in node:
             identity = identities.read_identity(str(node[IDENTITY]))
             roster = identities.read_roster(str(node.get(ROSTER, "")))
@@ -169,6 +179,36 @@ class SecureClients:
             client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state,
             derived=derived,
         )  # fmt: skip
+
+
+def open_secure(contexts: Sequence[Context]) -> SecureClients | None:
+    """Return what the contexts' run configuration asks for, without the data and the model of `open_setting`."""
+    return _opened(tuple(sorted(contexts[0].run_config.items())))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(items: tuple[tuple[str, Any], ...]) -> SecureClients | None:
+    config = RunConfig.of(dict(items))
+    return SecureClients.of(config, client_half(config))
+
+
+def refuse_in_clear(message_type: str, content: RecordDict, contexts: Sequence[Context]) -> None:
+    """Raise `RefusedError` for a message to which an honest answer would show what only a sum may.
+
+    That a run has secure aggregation is for the server to say, but not against a client's operator, who has given it an
+    identity for it.
+    """
+    if contexts[0].run_config.get("secure-aggregation.profile", "none") == "none":
+        if any(IDENTITY in context.node_config for context in contexts):
+            raise RefusedError(
+                f"this run has secure-aggregation.profile=none, and a client with {IDENTITY} takes part in secure "
+                "sums alone; set malicious, or start its node without it"
+            )
+        return
+    if message_type == "train" and records.SECURE not in content:
+        raise RefusedError("under secure aggregation nobody trains for an answer that is not masked")
+    if message_type == "evaluate" and records.config_of(content).get(records.SPLIT) == "train":
+        raise RefusedError("under secure aggregation nobody tells its own loss on its training examples")
 
 
 def server_round_of(content: RecordDict) -> int:
@@ -191,8 +231,3 @@ def parts_of(content: RecordDict) -> Callable[[int], bytes]:
         return found
 
     return find
-
-
-def _origin(name: str, shape: Sequence[int], origin: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return what a tensor is the difference to: the global model's own; what travels beside it is one already."""
-    return np.zeros(tuple(shape), dtype=np.float32) if "/" in name else origin[name]

@@ -70,10 +70,17 @@ def write_state(contexts: Sequence[Context], state: Kinds) -> None:
         return
     flat = {kind: _flat(own) for kind, own in state.items()}
     for i, context in enumerate(contexts):
-        context.state[CLIENT_STATE] = ConfigRecord({kind: rows[i].tobytes() for kind, rows in flat.items()})
+        record = context.state.get(CLIENT_STATE)
+        if not isinstance(record, ConfigRecord) or record.keys() != flat.keys():
+            context.state[CLIENT_STATE] = record = ConfigRecord()
+        # Making a new one in every round takes twice as long.
+        for kind, rows in flat.items():
+            record[kind] = rows[i].tobytes()
 
 
 def _flat(own: Tensors) -> np.ndarray:
     """Return tensors (C, ...) as rows (C, D) float32."""
-    flat: np.ndarray = torch.cat([t.detach().float().flatten(1) for t in own.values()], dim=1).cpu().numpy()
+    # Not flatten: a parameter without a dimension of its own has (C,).
+    rows = [t.detach().float().reshape(len(t), -1) for t in own.values()]
+    flat: np.ndarray = torch.cat(rows, dim=1).cpu().numpy()
     return flat

@@ -197,7 +197,7 @@ def _widths(shapes: Mapping[str, torch.Size]) -> list[int]:
 
 
 def _flat(tensors: Tensors) -> Tensor:
-    return torch.cat([t.flatten(1) for t in tensors.values()], dim=1)
+    return torch.cat([t.reshape(len(t), -1) for t in tensors.values()], dim=1)
 
 
 def _unflat(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Tensors:

@@ -76,7 +76,9 @@ class RunConfig(Section):
     gradient_clip: float = Field(
         0.0, ge=0, description="Largest L2 norm of a client's batch gradient; 0 does not clip."
     )
-    positive_weight: float = Field(1.0, gt=0, description="Weight of positive examples in a binary task's loss.")
+    positive_weight: float = Field(
+        1.0, gt=0, description="Weight of positive examples in the loss of a task with two classes; others refuse it."
+    )
     evaluate_every: int = Field(1, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
     evaluated: float = Field(
         0, ge=0, description="Clients that evaluate: a count, a fraction below 1, or 0 for all (10,000 at most)."

@@ -3,7 +3,7 @@
 A model after t rounds is a sum of t noisy sums, so what harms is the noise in A G, A the lower-triangular matrix of
 ones and G (n, D) the rounds' clipped sums. A matrix mechanism releases A C^-1 (C G + Z), Z independent normal: to each
 round's sum a row of C^-1 Z is added, of which much cancels in the rounds that follow, and for privacy it is one
-Gaussian mechanism on C G, also where rounds depend on earlier ones (Denisov et al., NeurIPS 2022, theorem 2.1).
+Gaussian mechanism on C G, also where rounds depend on earlier ones (Denisov et al., NeurIPS 2022).
 
 C is lower-triangular and Toeplitz, its first column c_0, c_1, ... the square root of A's, that is the coefficients of
 (1 - x)^(-1/2): c_0 = 1, c_j = c_{j-1} (2 j - 1) / (2 j), and zero from c_b on (Kalinin and Lampert, NeurIPS 2024,

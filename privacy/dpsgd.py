@@ -92,7 +92,7 @@ class PrivateSteps:
 
     def _noised(self, sums: Mapping[str, Tensor]) -> Tensors:
         """Return each client's (sum + noise) / expected batch."""
-        flat = torch.cat([total.flatten(1) for total in sums.values()], dim=1)
+        flat = torch.cat([total.reshape(len(total), -1) for total in sums.values()], dim=1)
         deviations = self.clipping_norm * torch.tensor(self.noise_multipliers, dtype=torch.float64)
         noisy = noised(flat, self._normal(*flat.shape).to(flat.device), deviations.to(flat.device).unsqueeze(1))
         noisy /= torch.tensor(self.expected).to(flat.device).unsqueeze(1)

@@ -33,6 +33,10 @@ MOVED_BY = {
 }
 
 
+# Of fewer examples the means are nearly the examples.
+FEWEST_HELD = 20
+
+
 @dataclass(frozen=True)
 class Subject:
     """What the rules look at beside the configuration."""
@@ -109,6 +113,11 @@ def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
     for name, p in parameters.items():
         if not p.is_floating_point():
             yield f"parameter {name} is not a real number and cannot be clipped; freeze or replace it."
+    if subject.standardise == "server" and 0 < config.server_examples < FEWEST_HELD:
+        yield (
+            f"the means of server-examples={config.server_examples} scale all inputs and tell those examples nearly; "
+            f"set {FEWEST_HELD} or more, of people who have agreed."
+        )
     if config.sampling.kind in ("oort", "power-of-choice"):
         yield (
             f"sampling.kind={config.sampling.kind} chooses clients by their losses, which no epsilon covers; set "
@@ -242,6 +251,13 @@ def delta_too_large(delta: float, count: int, what: str) -> Iterator[str]:
         )
 
 
+def _held(config: RunConfig, standardise: str) -> str:
+    """Return what becomes of the server's own examples, without noise."""
+    means = ["whose means scale all inputs"] if standardise == "server" else []
+    learns = ["from which the model learns"] if config.strategy in ("fltrust", "feddf") else []
+    return " and ".join([*means, *learns]) or "which the strategy sees as they are"
+
+
 def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
     """Return what a private run's epsilon says nothing about, a phrase each.
 
@@ -254,6 +270,10 @@ def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
         found.append("the means and deviations that scale the inputs")
     elif standardise == "local":
         found.append("the means and deviations that scale the central test set")
+    if config.server_examples:
+        found.append(f"the {config.server_examples} examples that the server holds, {_held(config, standardise)}")
+    if own.level == "example":
+        found.append("other examples of the same person: one who has k of them may spend k times that epsilon")
     if own.level == "client" and own.noise == "central" and config.count(config.sampled) < config.clients:
         found.append("who took part in which round, which must stay secret (clients.parquet)")
     if config.secure_aggregation.profile == "none":

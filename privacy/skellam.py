@@ -12,11 +12,13 @@ shorter in the mean, by less than a step). Skellam noise, the difference of two 
 is added up: each client's has variance mu / survivors, so that the fewest survivors together still have
 mu = (noise_multiplier r)^2. With more the noise grows and epsilon does not.
 
-Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, theorem 3.5 and corollary 3.6), for integer orders alpha > 1:
+Accounting (Agarwal, Kairouz and Liu, NeurIPS 2021, "The Skellam mechanism"), for integer orders alpha > 1:
 
     eps(alpha) = alpha Delta_2^2 / (2 mu) + min{((2 alpha - 1) Delta_2^2 + 6 Delta_1) / (4 mu^2), 3 Delta_1 / (2 mu)}.
 
-Neighbours differ in one client's update being zero: it still adds its share. Clients that pool what they know can take
+Neighbours differ in one client's update being zero: it still adds its share. The server that draws a sample knows who
+is in it, so that sampling hides nobody from it, and others can tell from the variance of a long sum how many shares of
+noise it holds. Clients that pool what they know can take
 their own shares away, so `survivors` must count those that do not. What a client rounds to, its norm and the sum are
 exact integers, whatever the rotation is: no floating-point number enters the argument but in `draw`.
 """
@@ -25,12 +27,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import gammaln, ive, logsumexp, ndtri
+from scipy.special import ive, ndtri
 from torch import Tensor
 
 from core import hadamard
@@ -127,15 +128,6 @@ class Skellam:
         codes = rounded(turned, self.radius, source) + draw(self.variance / self.survivors, self.padded, source)
         return self._in_ring(codes.numpy())
 
-    def summed(self, codes: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the sum of what clients sent, (d,) uint32 below 2^bits.
-
-        Raises `ValueError` if they are fewer than `survivors`, and would have too little noise, or more than `clients`.
-        """
-        if not self.survivors <= len(codes) <= self.clients:
-            raise ValueError(f"{len(codes)} clients answered, not {self.survivors} to {self.clients}")
-        return self._in_ring(functools.reduce(np.add, codes))
-
     def decode(self, total: np.ndarray, rotation: int) -> Tensor:
         """Return the sum of the clipped updates with its noise, (D,) float32, from the sum in the ring."""
         half = 1 << (self.bits - 1)
@@ -143,20 +135,10 @@ class Skellam:
         flat = torch.from_numpy(signed).double()[None] * (self.clipping_norm / self.radius)
         return hadamard.rotated_back(flat, self._signs(rotation), self.size)[0].float()
 
-    def rdp(self, rate: float = 1.0) -> np.ndarray:
-        """Return a round's Renyi epsilon of each of ORDERS, float64, amplified if clients take part with this rate."""
-        return amplified(skellam_rdp(self.sensitivity, self.padded, self.variance), rate)
-
-    def epsilon(self, rounds: int, delta: float, rate: float = 1.0) -> float:
-        """Return the epsilon of a client's participation in all rounds.
-
-        A rate below 1 needs who took part to be secret. The server that draws the sample knows it: against the server
-        count the rounds in which a client took part, at rate 1. Others can tell from the variance of a long sum how
-        many shares of noise it holds, so that the number of survivors must not depend on the client either.
-        """
-        from dp_accounting.rdp import compute_epsilon
-
-        return float(compute_epsilon(ORDERS, rounds * self.rdp(rate), delta)[0])
+    @property
+    def rdp(self) -> np.ndarray:
+        """Return a round's Renyi epsilon of each of ORDERS, float64."""
+        return skellam_rdp(self.sensitivity, self.padded, self.variance)
 
     def _signs(self, rotation: int) -> Tensor:
         return hadamard.signs(self.padded, rotation, "skellam")
@@ -190,26 +172,6 @@ def skellam_rdp(sensitivity: float, size: int, variance: float) -> np.ndarray:
     l2, l1 = sensitivity**2, sensitivity * min(math.sqrt(size), sensitivity)
     beyond = np.minimum(((2 * ORDERS - 1) * l2 + 6 * l1) / (4 * variance**2), 3 * l1 / (2 * variance))
     return ORDERS * l2 / (2 * variance) + beyond
-
-
-def amplified(rdp: np.ndarray, rate: float) -> np.ndarray:
-    """Return the Renyi epsilon of each of ORDERS of a mechanism with symmetric noise on a Poisson sample.
-
-    With q the rate, exp((alpha - 1) eps'(alpha)) = sum_l C(alpha, l) (1 - q)^(alpha - l) q^l exp((l - 1) eps(l)): of
-    any mechanism for who leaves, and for who joins with a factor of 3 from l = 3 on (Zhu and Wang, ICML 2019). The
-    factor is not needed where a reflection exchanges the two distributions, as x -> Delta - x does for symmetric noise:
-    then leaving is the worse of the two (Mironov, Talwar and Zhang, 2019, theorem 5; sums instead of integrals).
-    """
-    if not 0 <= rate <= 1:
-        raise InputError(f"a sampling rate of {rate} is not a probability; choose a number from 0 to 1.")
-    if rate in (0, 1):
-        return rdp * rate
-    exponents = (ORDERS - 1) * rdp
-    # The weights of a binomial add up to 1, so that 1 can be taken from every term without losing digits.
-    terms = exponents + np.log(-np.expm1(-exponents)) + ORDERS * math.log(rate) - gammaln(ORDERS + 1)
-    rest = ORDERS[:, None] - ORDERS
-    others = np.where(rest >= 0, rest * math.log1p(-rate) - gammaln(np.maximum(rest, 0) + 1), -np.inf)
-    return np.logaddexp(0, gammaln(ORDERS + 1) + logsumexp(others + terms, axis=1)) / (ORDERS - 1)
 
 
 def draw(variance: float, count: int, source: Source) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports import audit_words as words
-from reports import look, markup
+from reports import look, markup, protection
 from reports.audit_words import Found
 from reports.load import RunData
 from reports.markup import NO_HTML, Html, Section, cell, element, figure, join, key, paragraph, tile
@@ -49,7 +49,7 @@ def _canaries(found: Found) -> Html:
     noise = found["noise"] or [None] * 3
     tiles = [
         tile("Verdict", found["verdict"]),
-        tile("Claimed", f"ε = {rate(found['epsilon'])}", f"{found['level']} level, δ = {found['delta']:g}"),
+        tile("Claimed", f"ε = {rate(found['epsilon'])}", *_claimed(found)),
         tile("Proven", f"ε ≥ {number(best, 2)}", f"{percent(found['confidence'])} confidence"),
         tile(
             "Noise",
@@ -73,6 +73,11 @@ def _canaries(found: Found) -> Html:
     )
     parts = [title, alarm, element("div", *tiles, class_="tiles"), markup.table(headings, rows, even=True)]
     return join([*parts, paragraph(note, quiet=True)])
+
+
+def _claimed(found: Found) -> list[str]:
+    said = [f"{found['level']} level, δ = {found['delta']:g}"]
+    return [*said, protection.SIMULATED] if found["simulated"] else said
 
 
 def _membership(found: Found) -> Html:

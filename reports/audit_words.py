@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reports import protection
 from reports.words import duration, metric, number, ordered, percent, plural, rate
 
 Found = Mapping[str, Any]
@@ -38,8 +39,7 @@ def lines(found: Mapping[str, Found]) -> Iterator[str]:
 
 
 def _canary_lines(found: Found) -> Iterator[str]:
-    claim = f"epsilon {rate(found['epsilon'])} at delta {found['delta']:g} ({found['level']} level)"
-    yield f"{claim}: {found['verdict']}."
+    yield f"{protection.bound(found)}: {found['verdict']}."
     for name, one in found["observers"].items():
         yield (
             f"who {OBSERVERS[name]}: {one['right']:,} of {one['guesses']:,} guesses right, epsilon at least "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,19 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SIMULATED = "simulated noise: not a guarantee"
+# What whoever sees this may not become much surer of.
 WHOM = {
-    "example": "Whoever sees the models of a client cannot tell whether any one of its examples was there",
-    "client": "Whoever sees the models cannot tell whether any one client took part at all",
-    "local": "Whoever sees a client's updates, the server too, cannot tell its data from others; who took part shows",
-    "distributed": "Whoever sees the sums, the server too, cannot tell a client's data from none; who took part shows",
+    "example": ("the models of a client", "any one of its examples was there"),
+    "client": ("the models", "any one client took part at all"),
+    "local": ("a client's updates, the server too,", "its data were these and not others (who took part shows)"),
+    "distributed": ("the sums, the server too,", "a client's data were there (who took part shows)"),
 }
+# Beyond these epsilons a bound is weak, or none that anybody would notice.
+WEAK, NOBODY = 10.0, 50.0
+OPERATOR = (
+    "For the operator: this page also shows what no noise covers, each client's numbers of examples and labels, losses "
+    "and metrics. Do not publish it with the model."
+)
 WHO = {
     "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
     "local": "every client adds noise to its own update before it leaves",
@@ -44,13 +52,38 @@ def bound(privacy: Mapping[str, Any]) -> str:
     return f"{said} ({SIMULATED})" if privacy.get("simulated") else said
 
 
+def strength(privacy: Mapping[str, Any]) -> str:
+    """Return how little an epsilon protects, where it is large; empty where it is not."""
+    epsilon = finite(privacy.get("epsilon"))
+    if epsilon is not None and epsilon <= WEAK:
+        return ""
+    if epsilon is None or epsilon > NOBODY:
+        return "An epsilon above 50 protects nobody"
+    return "An epsilon above 10 is weak protection"
+
+
+def promise(privacy: Mapping[str, Any]) -> str:
+    """Return what epsilon says in words: by how much anybody may become surer."""
+    whom = str(privacy["noise"] if privacy.get("noise") in ("local", "distributed") else privacy["level"])
+    sees, of = WHOM[whom]
+    epsilon = finite(privacy.get("epsilon"))
+    if population := privacy.get("population"):
+        sees = f"In a deployment of {population:,} clients, whoever sees {sees}"
+    else:
+        sees = f"Whoever sees {sees}"
+    if epsilon is None or epsilon > NOBODY:
+        return f"{sees} may become as sure as can be whether {of}"
+    return f"{sees} may become e^epsilon = {rate(math.exp(epsilon))} times as sure as before, at most, whether {of}"
+
+
 def lines(privacy: Mapping[str, Any], masked: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Yield what the terminal says at the end of a run; `masked` is the summary of secure aggregation, if any."""
     if privacy["level"] == "none":
         yield f"Privacy: none; {BARE[bool(masked)]}."
         return
     worst = ", the worst of all clients" if "clients" in privacy else ""
-    yield f"Privacy: {bound(privacy)}{worst}, by {privacy['accountant']}."
+    weak = f" {weak}." if (weak := strength(privacy)) else ""
+    yield f"Privacy: {bound(privacy)}{worst}, by {privacy['accountant']}.{weak}"
     if canaries := privacy.get("canaries"):
         yield (
             f"Canaries: {canaries['number']:,} in this run, {canaries['included']:,} of them in: its model is for "
@@ -65,7 +98,9 @@ def compared(rows: Iterable[Mapping[str, Any]]) -> str:
     own = [privacy for row in rows if (privacy := row["summary"].get("privacy") or {}).get("level", "none") != "none"]
     if not own:
         return ""
-    said = "Every private run spends an epsilon of its own; what is chosen among them is covered by their sum alone"
+    total = rate(sum(finite(privacy["epsilon"]) or math.inf for privacy in own))
+    said = "Every private run spends an epsilon of its own; what is chosen among them is covered by their sum alone, "
+    said += f"{total} of {plural(len(own), 'run')}"
     return f"{said} ({SIMULATED})." if any(privacy.get("simulated") for privacy in own) else f"{said}."
 
 
@@ -91,8 +126,13 @@ def section(run: RunData) -> Section | None:
     privacy = run.summary.get("privacy") or {}
     if privacy.get("level", "none") == "none":
         return None
-    whom = str(privacy["noise"] if privacy.get("noise") in ("local", "distributed") else privacy["level"])
-    parts = [paragraph(f"{WHOM[whom]}: {bound(privacy)}.")]
+    parts = [element("p", OPERATOR, class_="banner interrupted"), paragraph(f"{promise(privacy)}: {bound(privacy)}.")]
+    if weak := strength(privacy):
+        parts.append(element("p", f"{weak}.", class_="banner interrupted"))
+    if privacy.get("population"):
+        said = f"The {run.summary['clients']:,} clients of this run have next to no protection: its noise is what a "
+        said += "larger deployment would add to the mean."
+        parts.append(element("p", said, class_="banner interrupted"))
     if privacy.get("simulated"):
         said = f"Noise and samples are those of privacy.noise-seed={run.config.get('privacy.noise-seed')}: "
         said += "whoever knows it can take the noise away again. Such a run is for experiments."

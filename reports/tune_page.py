@@ -53,7 +53,8 @@ def _head(results: Results) -> Html:
             f"Interrupted after {len(results['trials'])} of {results['planned']} trials; the test set is not looked at."
         )
         banner = element("p", said, class_=f"banner {status}")
-    return join([head, line, banner])
+    spent = element("p", results["privacy"], class_="banner interrupted") if results.get("privacy") else Html()
+    return join([head, line, banner, spent])
 
 
 def _headline(results: Results) -> Html:

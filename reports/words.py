@@ -70,11 +70,17 @@ def setting(value: object) -> str:
     return NOTHING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# Below it two decimals are too few.
+SMALL = 0.1
+
+
 def rate(value: object) -> str:
-    """Return a positive number with about three digits that count: 4.35, 63.9, 8,912."""
+    """Return a positive number with about three digits that count: 4.35, 63.9, 8,912, 0.00012."""
     known = finite(value)
     if known is None:
         return NOTHING
+    if 0 < known < SMALL:
+        return f"{known:.2g}"
     return number(known, 0 if known >= 100 else 1 if known >= 10 else 2)
 
 

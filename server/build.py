@@ -43,6 +43,11 @@ def check(config: RunConfig) -> Federation:
     metric = config.early_stopping.metric
     if metric and metric not in task.metrics:
         raise unknown("early-stopping.metric", metric, task.metrics)
+    if config.positive_weight != 1 and len(task.labels) != 2:
+        raise InputError(
+            f"positive-weight={config.positive_weight:g} weighs the positive one of two classes, and task "
+            f"{config.task} has {len(task.labels)}; set positive-weight=1."
+        )
     federation = federation_of(config)
     devices.check(config)
     adversary.check(config, len(task.labels))

@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
+from server.asking import ask
 from server.intake import refuse_odd, take_in
 from server.secure_grid import SecureGrid
 
@@ -84,6 +85,7 @@ class ObservedGrid(Grid):
         """(client, message) -> when it answers, where there is virtual time: what it says itself is not believed."""
         self.private: Callable[[list[Taken]], None] | None = None
         """Hears of the clients whose answers are private by themselves before anybody else does."""
+        self._known: Sequence[int] = ()
         self._offered: Sequence[int] | None = None
         self._listed = 0
         self._observed = Observed()
@@ -91,9 +93,13 @@ class ObservedGrid(Grid):
         self._trained_on: dict[int, RecordDict] = {}
 
     def order_by(self, clients: Mapping[int, int]) -> None:
-        """Learn the clients' numbers by node id: Flower's ids are random, and sampling must not depend on them."""
+        """Learn the clients' numbers by node id: Flower's ids are random, and sampling must not depend on them.
+
+        From then on these are the run's clients: one that goes is asked all the same, and missed.
+        """
         if self._client_of is None:
             self._client_of = clients.__getitem__
+            self._known = sorted(clients, key=self._client_of)
         if self.secure is not None:
             self.secure.order_by(clients)
 
@@ -153,8 +159,7 @@ class ObservedGrid(Grid):
                     "let its min_available_nodes be 0, or set sampling.kind=uniform"
                 )
             return self._offered
-        nodes = self.inner.get_node_ids()
-        return nodes if self.numbered or self._client_of is None else sorted(nodes, key=self._client_of)
+        return self._known or self.inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push the messages and count them."""
@@ -166,7 +171,9 @@ class ObservedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send the messages, wait for the replies and count both."""
-        replies = self.inner.send_and_receive(self._sent(messages), timeout=timeout)
+        sent = self._sent(messages)
+        secure = self.secure is not None
+        replies = self.inner.send_and_receive(sent, timeout=timeout) if secure else ask(self.inner, sent, timeout)
         # Flower's own grids return replies as they arrive; a sum of floats must not depend on that.
         return self._received(sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id)))
 

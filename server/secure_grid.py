@@ -30,9 +30,11 @@ from privacy.secagg.exposure import Exposure
 from privacy.secagg.graph import malicious_threshold
 from privacy.secagg.keys import Roster
 from privacy.secagg.payload import Sum
+from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
+from server.asking import ask
 from server.secure_round import Party, SecureRound
 from strategies import client_half
 
@@ -111,7 +113,7 @@ class SecureGrid(Grid):
         """
         found = list(messages)
         if not found or found[0].metadata.message_type != "train":
-            return self._grid.send_and_receive(found, timeout=timeout)
+            return ask(self._grid, found, timeout)
         return self._trained(found, timeout)
 
     def add_up(self, content: RecordDict, nodes: Mapping[int, int], numbers: int, timeout: float) -> list[float]:
@@ -172,8 +174,8 @@ class SecureGrid(Grid):
         config[records.COHORT] = max(len(party.nodes) for party in parties)
         config[records.LARGEST_WEIGHT] = self.largest_weight
         origin = {name: to_numpy(array) for name, array in arrays.items()}
-        shapes = {name: origin[name.rpartition("/")[2]].shape for name in self.sends}
-        payload = payload_of(self._config, sum(int(np.prod(shape)) for shape in shapes.values()), config, self._numbers)
+        layout = Layout.of({name: origin[name.rpartition("/")[2]] for name in self.sends})
+        payload = payload_of(self._config, layout.size, config, self._numbers)
         sent = RecordDict({records.ARRAYS: arrays, records.CONFIG: ConfigRecord(config)})
         self._run_round(parties, "train", sent, payload.length, timeout)
         replies, sums = [], []
@@ -183,7 +185,7 @@ class SecureGrid(Grid):
                     found = payload.decode(party.total, len(party.counted))
                     sums.append((party.counted, found))
                     first = by_client[party.counted[0]]
-                    replies.append(Message(self._mean(party, found, origin, shapes), reply_to=first))
+                    replies.append(Message(self._mean(party, found, origin, layout), reply_to=first))
             except ValueError as error:
                 party.error, party.total = str(error), None
             out = party.nodes.keys() - set(party.counted)
@@ -206,16 +208,10 @@ class SecureGrid(Grid):
         for part in np.array_split(clients, min(self._own.groups, len(clients))):
             yield {client: by_client[client].metadata.dst_node_id for client in sorted(part.tolist())}
 
-    def _mean(
-        self, party: Party, found: Sum, origin: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-    ) -> RecordDict:
+    def _mean(self, party: Party, found: Sum, origin: Mapping[str, np.ndarray], layout: Layout) -> RecordDict:
         """Return the mean of a sum as the answer of all who are in it."""
-        flat, mean, at = found.update, {}, 0
-        for name, shape in shapes.items():
-            size = int(np.prod(shape))
-            away = flat[at : at + size].reshape(shape)
-            mean[name] = (away if "/" in name else origin[name] + away).astype(np.float32)
-            at += size
+        away = layout.restore(found.update)
+        mean = {name: part if "/" in name else origin[name] + part for name, part in away.items()}
         metrics: dict[str, Any] = {records.NUM_EXAMPLES: found.examples, **found.metrics}
         if found.weight is not None:
             metrics[records.WEIGHT] = found.weight
@@ -251,7 +247,7 @@ class SecureGrid(Grid):
         server_round = records.server_round(content) or 0
         # Rounds of the protocol only go up, and the first of them comes before training.
         self._number = max(self._number, server_round) + 1
-        hashed, run_id = hash_of(content), self._grid.run.run_id
+        hashed, run_id = hash_of(content, self._config), self._grid.run.run_id
         for party in parties:
             try:
                 terms = terms_of(self._config, run_id, self._number, hashed, length, len(party.nodes))

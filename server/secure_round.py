@@ -6,7 +6,6 @@ counts only for the node that it came from, while its stage is open; one that co
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,8 @@ from privacy.secagg import messages
 from privacy.secagg.errors import MalformedError, SecAggError
 from privacy.secagg.graph import MALICIOUS
 from privacy.secagg.server import Server
+from server.asking import ask
 
-# How often replies are asked for where they do not come by themselves: soon at first, then less often.
-FIRST_WAIT, LONGEST_WAIT, SLOWER = 0.02, 0.1, 1.5
 _ANSWERS: dict[str, Any] = {
     messages.ADVERTISE: messages.Advertisement,
     messages.SHARE: messages.Shares,
@@ -136,7 +134,7 @@ class SecureRound:
             for client, own in self._contents(parts, content).items()
         ]
         seconds = timeout if stage == messages.MASK else self._seconds
-        for reply in self._replies(asked, seconds):
+        for reply in ask(self._grid, asked, seconds):
             self._take(reply, stage, party_of)
 
     def _contents(self, parts: Mapping[int, bytes], content: RecordDict | None) -> dict[int, RecordDict]:
@@ -154,21 +152,6 @@ class SecureRound:
             columns = {records.CLIENT: clients, records.PART: [parts[client] for client in clients]}
             return dict.fromkeys(clients, with_record(columns))
         return {client: with_record({records.PART: part}) for client, part in parts.items()}
-
-    def _replies(self, asked: list[Message], seconds: float | None) -> Iterator[Message]:
-        if self._together:
-            yield from self._grid.send_and_receive(asked, timeout=seconds)
-            return
-        waiting, wait = set(self._grid.push_messages(asked)), FIRST_WAIT
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            came = list(self._grid.pull_messages(waiting))
-            for reply in came:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            wait = FIRST_WAIT if came else min(wait * SLOWER, LONGEST_WAIT)
-            if waiting:
-                time.sleep(wait)
 
     def _take(self, reply: Message, stage: str, party_of: Mapping[int, Party]) -> None:
         """Give the answers of a reply to their parties' servers; only the local engine answers for several clients."""

@@ -2,7 +2,7 @@
 
 - poisson: every client for itself, with probability sampled / clients. What accountants of differential privacy assume.
 - cyclic: groups drawn once take turns, as the banded noise of `privacy.mechanism` needs it.
-- power-of-choice (Cho, Wang and Joshi, 2020, section 3, pi_pow-d): d candidates drawn by their shares of all examples
+- power-of-choice (Cho, Wang and Joshi, 2020, "pi_pow-d"): d candidates drawn by their shares of all examples
   are asked for the loss of the global model on their training examples; the m with the highest train. What asking
   costs is traffic of the round, but takes no virtual time.
 - oort (Lai, Zhu, Madhyastha and Chowdhury, OSDI 2021, algorithm 1): U = |B| sqrt(mean loss^2) of the last time that a

@@ -67,7 +67,7 @@ def audit_canaries(run: Run, folder: RunFolder, wanted: int | None, progress: Pr
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Return violated, too little noise, out of reach or consistent, by what the observer who knows most finds.
+    """Return violated, too little noise, not refuted or consistent, by what the observer who knows most finds.
 
     One bound at 95 % decides: the better of two would be wrong more often.
     """
@@ -75,7 +75,7 @@ def verdict(found: dict[str, Any]) -> str:
         return "violated"
     if found["noise"] and found["noise"][2] < ENOUGH:
         return "too little noise"
-    return "out of reach" if found["reach"] < found["epsilon"] else "consistent"
+    return "not refuted" if found["reach"] < found["epsilon"] else "consistent"
 
 
 def _nothing(config: RunConfig) -> str:

@@ -132,7 +132,7 @@ class _Mean:
         factor = weight
         if self._level is not None:
             weight = torch.ones_like(weight)
-            norms = torch.stack([t.flatten(1).square().sum(1) for t in away.values()]).sum(0).sqrt()
+            norms = torch.stack([t.reshape(len(t), -1).square().sum(1) for t in away.values()]).sum(0).sqrt()
             factor = (self._norm / norms).clamp(max=1.0)
         for name, t in away.items():
             self._total[name][who] += t * _like(factor, t)

@@ -90,6 +90,8 @@ class TuneProgress:
         states = Counter(record["state"] for record in results["trials"])
         counts = ", ".join(f"{amount} {state}" for state, amount in states.items())
         self.print(f"{plural(len(results['trials']), 'trial')} in {results['seconds']:.1f} s: {counts}")
+        if results["privacy"]:
+            self.print(results["privacy"])
         self.print(f"Best preset: {self.search.folder / 'best.toml'}")
         self.print(f"Report:      {self.search.folder / 'tune.html'}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import optuna
 from core.config import RunConfig
 from core.metrics import HIGHER_IS_BETTER
 from reports.page import write_report
+from reports.protection import compared
 from reports.tune_page import write_tune_page
 from server.recorder import RunFolder, clean, versions
 from simulations.run import Run, preset
@@ -47,6 +49,7 @@ def write_results(search: Search) -> dict[str, Any]:
             "fixed": search.space.fixed,
             "seconds": round(sum(record["seconds"] for record in trials), 3),
             "best": best,
+            "privacy": compared(_private(folder, trials)),
             "trials": trials,
             "versions": {**versions(), "optuna": optuna.__version__},
         }
@@ -54,6 +57,12 @@ def write_results(search: Search) -> dict[str, Any]:
     (folder / "tune.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_tune_page(folder / "tune.html", results, search.study)
     return results
+
+
+def _private(folder: Path, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the summaries of the trials that trained: each has looked at the data, whatever became of it."""
+    own = [folder / record["run"] for record in trials if record["run"] and "same_as" not in record]
+    return [{"summary": Run.open(run).summary} for run in own if (run / "summary.json").is_file()]
 
 
 def status_of(folder: Path) -> str | None:

@@ -12,7 +12,10 @@ A strategy is any `flwr.serverapp.strategy.Strategy`. What it may carry besides:
   `kind/name` beside them; virtual time counts it;
 - a static `numbers(config, examples) -> {name: largest}`: what its clients say beside tensors and loss, and how large
   it can be for a client with so many examples; secure aggregation adds up no other numbers;
-- `outgoing(arrays) -> arrays`: what is sent to clients, where that is not the model alone;
+- `outgoing(arrays) -> arrays`: what is sent to clients, where that is not the model alone; `for_evaluation(arrays) ->
+  arrays` is what those get who evaluate;
+- `influence`: each client's share in the last model, by its number; the report counts what malicious ones have;
+- `virtual_seconds`: the time of its own clock, where it works without rounds;
 - `settings`: what a run needs that uses it, where neither preset nor user says otherwise;
 - a static `check(config, model)` that raises `InputError` where it cannot work;
 - `private_by_example = True`: its client half uses examples in gradient steps only (`local_sgd`), each batch once,

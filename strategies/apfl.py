@@ -1,9 +1,9 @@
 """APFL: each client mixes a model of its own with the global one. Deng, Kamani and Mahdavi, 2020, algorithm 1.
 
 The personal model is v_bar = alpha v + (1 - alpha) w. Every local step moves w by grad f(w), v by the gradient of
-f(v_bar) with respect to v and, if it is `adaptive`, alpha by that with respect to alpha, <grad f(v_bar), v - w>
-(equation 10). Only w leaves, so the server is FedAvg and so is the traffic. Running statistics are those of w's
-forward passes, and plain weighted means.
+f(v_bar) with respect to v and, if it is `adaptive`, alpha by that with respect to alpha, <grad f(v_bar), v - w>. Only w
+leaves, so the server is FedAvg and so is the traffic. Running statistics are those of w's forward passes, and plain
+weighted means.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ OWN, MIXTURE, ALPHA = "own", "mixture", "alpha"
 
 class APFL(Linear):
     """FedAvg with a personal mixture; alpha begins at `mixture`."""
+
+    private_by_example = True
 
     def __init__(self, *, mixture: float = 0.5, adaptive: bool = True, **fedavg: Any) -> None:
         if not 0 <= mixture <= 1:

@@ -1,11 +1,11 @@
 """Rules by the length of updates: norm clipping, centred clipping and the geometric median.
 
 - Norm clipping (Sun et al., 2019): updates longer than `radius` are scaled down to it, then averaged by examples.
-- Centred clipping (Karimireddy, He and Jaggi, ICML 2021, equation 5): v <- v + mean_i((u_i - v) min(1, tau / |u_i -
-  v|)), `iterations` times, from the last round's v.
-- The geometric median (RFA; Pillutla, Kakade and Harchaoui, IEEE TSP 2022, algorithm 1): the point with the least sum
-  of distances weighted by examples, by the smoothed Weiszfeld algorithm. All its steps are taken on the n x n matrix
-  of scalar products, so that updates are read once.
+- Centred clipping (Karimireddy, He and Jaggi, ICML 2021): v <- v + mean_i((u_i - v) min(1, tau / |u_i - v|)),
+  `iterations` times, from the last round's v.
+- The geometric median (RFA; Pillutla, Kakade and Harchaoui, IEEE TSP 2022): the point with the least sum of distances
+  weighted by examples, by the smoothed Weiszfeld algorithm. All its steps are taken on the n x n matrix of scalar
+  products, so that updates are read once.
 
 A radius of 0 is the median of the lengths (of u_i, or of u_i - v) in the round. Running statistics pass through the
 rules like everything else.

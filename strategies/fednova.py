@@ -2,8 +2,8 @@
 
 Client i's update x - x_i is divided by ||a_i||_1, what its steps add up to: d_i. It sends x - d_i, which attacks and
 compression see as any model. The server moves by tau_eff mean(d_i) with tau_eff = mean(||a_i||_1), both weighted by
-p_i = n_i / n (equations 6 and 10). a_i is that of SGD, with local momentum rho that of section 4: ||a_i||_1 = (tau -
-rho (1 - rho^tau) / (1 - rho)) / (1 - rho). Running statistics are averaged as in FedAvg.
+p_i = n_i / n. Of tau steps of SGD with local momentum rho, ||a_i||_1 = (tau - rho (1 - rho^tau) / (1 - rho)) /
+(1 - rho), which is tau without momentum. Running statistics are averaged as in FedAvg.
 """
 
 from __future__ import annotations

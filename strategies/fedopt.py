@@ -1,4 +1,4 @@
-"""Server optimisers as published: Reddi et al., ICLR 2021, algorithm 2; momentum: Hsu et al., 2019, section 4.3.
+"""Server optimisers as published: Reddi et al., ICLR 2021, algorithm 2; momentum: Hsu et al., 2019, "FedAvgM".
 
 Flower's classes do the work. Its FedAvgM has no momentum unless it is given one, its FedAdam adds a bias correction
 that the paper does not have, and its FedAdagrad drops the first moment: here all three follow the paper, and

@@ -1,4 +1,5 @@
-"""Mime Lite: the server's momentum, held fixed, in every local step. Karimireddy et al., NeurIPS 2021, algorithm 1.
+"""Mime Lite: the server's momentum, held fixed, in every local step. Karimireddy et al., NeurIPS 2021, "Breaking the
+centralized barrier for cross-device federated learning".
 
 With SGD and momentum beta: y <- y - eta ((1 - beta) g_i(y) + beta m); the server takes x = mean(y_i) and
 m <- (1 - beta) mean(grad f_i(x)) + beta m, with the clients' full-batch gradients at x (under local-steps those of the

@@ -1,9 +1,8 @@
 """MOON: features drawn to those of the global model and away from the client's previous ones. Li et al., CVPR 2021.
 
-Loss + mu l_con with l_con = -log(exp(cos(z, z_glob) / t) / (exp(cos(z, z_glob) / t) + exp(cos(z, z_prev) / t)))
-(equation 3), where z is what the model's last layer receives and z_prev comes from the model that the client sent
-last. The server is FedAvg, and so is the traffic; a client keeps its last model. Running statistics are plain weighted
-means.
+Loss + mu l_con with l_con = -log(exp(cos(z, z_glob) / t) / (exp(cos(z, z_glob) / t) + exp(cos(z, z_prev) / t))),
+where z is what the model's last layer receives and z_prev comes from the model that the client sent last. The server is
+FedAvg, and so is the traffic; a client keeps its last model. Running statistics are plain weighted means.
 """
 
 from __future__ import annotations

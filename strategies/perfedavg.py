@@ -1,9 +1,9 @@
 """Per-FedAvg: a global model from which one step on a client's own data leads far. Fallah et al., NeurIPS 2020.
 
-Clients minimise f_k(w - alpha grad f_k(w)) (equation 3): the inner step on one half of each batch, the outer loss on
-the other. The gradient goes through the inner step, or with `first_order` past it (their FO variant). A client
-evaluates the global model after one step of rate alpha on its own training examples. The server is FedAvg, and so is
-the traffic. Running statistics are plain weighted means.
+Clients minimise f_k(w - alpha grad f_k(w)): the inner step on one half of each batch, the outer loss on the other. The
+gradient goes through the inner step, or with `first_order` past it (their FO variant). A client evaluates the global
+model after one step of rate alpha on its own training examples. The server is FedAvg, and so is the traffic. Running
+statistics are plain weighted means.
 """
 
 from __future__ import annotations

@@ -182,3 +182,23 @@ class Shifted(Medical):
         return nn.Sequential(
             nn.BatchNorm1d(30), nn.Linear(30, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0)
         )
+
+
+class _Slope(nn.Module):
+    """w x, w a parameter without any dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return w x for x (B, 1), (B,)."""
+        return self.slope * x[:, 0]
+
+
+class Slopes(Lines):
+    """As `Lines`, w being a scalar parameter."""
+
+    def model(self) -> nn.Module:
+        """Return w x with w = 0."""
+        return _Slope()

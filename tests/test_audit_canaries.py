@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from core.errors import InputError
 from privacy.accounting import Event, epsilon
 from privacy.audit import one_run
 from privacy.audit.canaries import Directions, Noise, log_likelihood, most, without_drift
 from privacy.noise import Simulated, Source
-from reports.load import load
+from reports.audit_words import lines
+from reports.load import AUDIT, load
 from reports.page import write_report
+from reports.protection import SIMULATED
 from server.recorder import RunFolder
 from simulations.audit_canaries import audit_canaries, verdict
 from simulations.run import Run, check_run, resume, simulate
@@ -66,9 +69,13 @@ def test_more_canaries_reach_further_and_choosing_among_guesses_is_paid_for() ->
 
 
 def test_the_estimate_is_the_gaussian_mechanisms_epsilon() -> None:
-    for mu in (0.5, 1.0, 3.0):
-        assert one_run.gaussian_epsilon(mu, 1e-5) == pytest.approx(epsilon({Event(1.0, 1 / mu): 1}, 1e-5), rel=1e-3)
     grid = np.linspace(-1, 1, 101)
+    for mu in (0.5, 1.0, 3.0):
+        found = one_run.estimate(grid + mu * grid.std(ddof=1), grid, 1e-5)
+        # Balle and Wang, ICML 2018, equation 6: its delta is the one that was asked for.
+        first, second = (stats.norm.cdf(sign * mu / 2 - found / mu) for sign in (1, -1))
+        assert first - math.exp(found) * second == pytest.approx(1e-5, rel=1e-3)
+    assert one_run.estimate(grid - 1, grid, 1e-5) == 0
     assert one_run.estimate(grid, grid, 1e-5) == 0
     assert math.isnan(one_run.estimate(grid[:1], grid, 1e-5))
 
@@ -176,7 +183,7 @@ def test_an_honest_run_passes_and_one_with_a_tenth_of_the_noise_does_not(
 
 def test_missing_noise_is_measured_where_guesses_cannot_reach() -> None:
     found = {"epsilon": 12.0, "reach": 5.4, "observers": {"known": {"bound": 5.4}}, "noise": [1.0, 0.98, 1.02]}
-    assert verdict(found) == "out of reach"
+    assert verdict(found) == "not refuted"
     assert verdict({**found, "noise": [0.1, 0.09, 0.11]}) == "too little noise"
     assert verdict({**found, "epsilon": 5.0, "noise": None}) == "violated"
 
@@ -248,6 +255,16 @@ def test_what_a_preset_says_of_baselines_is_no_obstacle(smoke: Callable[..., Any
 def test_a_run_that_stands_for_more_clients_is_not_called_a_liar(smoke: Callable[..., Any]) -> None:
     run = simulate(smoke(**PRIVATE, rounds=1, privacy__population=100))
     assert "stands for 100 clients" in audit_canaries(run, RunFolder.open(run.path), None, quiet)["skipped"]
+
+
+def test_an_audit_says_where_the_noise_was_simulated(smoke: Callable[..., Any]) -> None:
+    for seed, marked in ((0, True), (-1, False)):
+        run = simulate(smoke(**PRIVATE, privacy__noise_seed=seed, rounds=1, audit__canaries=50))
+        found = {"canaries": {**audit_canaries(run, RunFolder.open(run.path), None, quiet), "seconds": 1.0}}
+        assert (SIMULATED in next(lines(found))) == marked
+        RunFolder.open(run.path).write_json(AUDIT, found)
+        page = write_report(run.path).read_text()
+        assert (SIMULATED in page[page.index(">Claimed<") : page.index(">Proven<")]) == marked
 
 
 def test_a_run_without_noise_has_nothing_to_prove(smoke: Callable[..., Any]) -> None:

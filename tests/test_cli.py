@@ -75,6 +75,7 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "partition.kind=dirichlet", "partition.alpha=0.001"], ["partition.alpha"]),
         (["run", "smoke", "clients=100"], ["455 examples cannot give 100 clients"]),
         (["run", "smoke", "optimizer=lion"], ["unknown optimizer 'lion'"]),
+        (["run", "digits", "positive-weight=3"], ["positive-weight=3", "task digits has 10"]),
         (["run", "smoke", "model=resnet"], ["unknown model of task medical"]),
         (["run", "smoke", "task=vision"], ["unknown task 'vision'"]),
         (["run", "smoke", "early-stopping.metric=auc"], ["early-stopping.metric 'auc'", "did you mean 'auroc'"]),

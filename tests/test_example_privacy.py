@@ -111,13 +111,20 @@ def test_a_cohort_trains_as_its_clients_alone(private: Callable[..., RunConfig])
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fedprox", "scaffold", "feddyn", "fednova", "moon", "ditto", "fedrep", "krum", "fedyogi"]
+    "strategy", ["fedprox", "scaffold", "feddyn", "fednova", "moon", "ditto", "apfl", "fedrep", "krum", "fedyogi"]
 )
 def test_strategies_whose_clients_only_step_are_private(strategy: str, private: Callable[..., RunConfig]) -> None:
     run = simulate(private(strategy=strategy, clients=5, privacy__epsilon=20.0, learning_rate=0.1))
     assert run.metrics["auroc"] > 0.75
     # FedRep's rounds are two trainings, of as many steps together.
     assert run.summary["privacy"]["epsilon"] <= 20.0
+
+
+def test_apfls_gradients_of_an_example_are_clipped_as_one(private: Callable[..., RunConfig]) -> None:
+    # Four times (1, 2), from w = v = 0 and alpha = 1/2: the gradients are -2 for w, -1 for v and 0 for alpha.
+    settings = {"dataset": "1,2,4", "batch_size": 4, "privacy__delta": 0.1}
+    assert _lines(private, **settings) == pytest.approx(1, abs=1e-4)
+    assert _lines(private, **settings, strategy="apfl") == pytest.approx(2 / 5**0.5, abs=1e-4)
 
 
 def test_what_stays_with_the_client_needs_no_noise(private: Callable[..., RunConfig]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from core.config import RunConfig
 from core.errors import InputError
 from privacy.rules import uncovered
-from reports.protection import compared, lines
+from reports.protection import compared, lines, promise, strength
 from server.build import check
 from simulations.run import preset
 from tasks.medical import Medical
@@ -62,6 +62,7 @@ class Centred(nn.Module):
         ({**CLIENT, "privacy__mechanism": "banded", "privacy__clipping": "adaptive"}, "privacy.clipping=fixed"),
         ({**CLIENT, "privacy__mechanism": "banded", "sampled": 2, "sampling__kind": "poisson"}, "sampling.kind=cyclic"),
         ({**CLIENT, "privacy__delta": 0.5}, "privacy.delta=0.5 with 4 clients allows to publish one of them whole"),
+        ({**EXAMPLE, "server_examples": 19}, "the means of server-examples=19 scale all inputs.*set 20 or more"),
         ({**CLIENT, "standardise": "federated"}, "sums over all clients' examples, which epsilon does not cover"),
         ({**CLIENT, "strategy": "fednova"}, "set local-steps"),
         (
@@ -148,8 +149,25 @@ def test_simulated_noise_is_no_guarantee_wherever_epsilon_stands() -> None:
 
 
 def test_what_is_compared_costs_together_and_says_so() -> None:
-    bare, secret, seeded = ({"summary": {"privacy": {"level": level, "simulated": simulated}}}
+    bare, secret, seeded = ({"summary": {"privacy": {"level": level, "simulated": simulated, "epsilon": 4.0}}}
                             for level, simulated in (("none", False), ("client", False), ("client", True)))  # fmt: skip
     assert compared([bare, {"summary": {}}]) == ""
-    assert compared([bare, secret]).endswith("covered by their sum alone.")
-    assert compared([secret, seeded]).endswith("(simulated noise: not a guarantee).")
+    assert compared([bare, secret]).endswith("covered by their sum alone, 4.00 of 1 run.")
+    assert compared([secret, seeded]).endswith("alone, 8.00 of 2 runs (simulated noise: not a guarantee).")
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ({"epsilon": 2.0}, "may become e^epsilon = 7.39 times as sure as before, at most, whether any one client"),
+        ({"epsilon": 2.0, "population": 5000}, "In a deployment of 5,000 clients, whoever sees the models may become"),
+        ({"epsilon": 60.0}, "may become as sure as can be"),
+        ({"epsilon": None}, "may become as sure as can be"),
+    ],
+)
+def test_an_epsilon_says_how_much_surer_and_a_large_one_that_it_protects_nobody(
+    privacy: dict[str, Any], words: str
+) -> None:
+    assert words in promise({"level": "client", "noise": "central", **privacy})
+    assert bool(strength(privacy)) == (privacy["epsilon"] != 2.0)
+    assert strength({"epsilon": 12.0}) == "An epsilon above 10 is weak protection"

@@ -147,10 +147,10 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 def test_what_was_not_agreed_on_is_refused() -> None:
     quantiser, update = Quantiser(3, 2, 1.0, 5.0, counts=(7,)), np.zeros(3)
     for weight in (5.1, -0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"a weight of {weight} is not from 0 to the 5.0"):
+        with pytest.raises(ValueError, match="a weight is not from 0 to the 5 agreed on"):
             quantiser.encode(update, weight, bytes(32), counts=[0])
     for counts in ([8], [-1], [], [1, 1]):
-        with pytest.raises(ValueError, match=r"counts .* are not from 0 to"):
+        with pytest.raises(ValueError, match="counts are not from 0 to"):
             quantiser.encode(update, 1.0, bytes(32), counts=counts)
     with pytest.raises(ValueError, match=r"\(4,\) numbers and 0 metrics"):
         quantiser.encode(np.zeros(4), 1.0, bytes(32), counts=[0])

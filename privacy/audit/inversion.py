@@ -3,7 +3,7 @@
 - A first layer that is fully connected: where an example alone excites unit i, its input is dW_i / db_i, exactly
   (Phong et al., IEEE TIFS 2018; Zhu and Blaschko, R-GAP, ICLR 2021). Every unit gives a candidate.
 - Any other layer: inputs whose gradient points the same way, 1 - cos(gradient, update) + tv TV(x), by Adam on signs of
-  the gradient (Geiping et al., NeurIPS 2020, equation 4). Labels are taken as known: clients state their numbers.
+  the gradient (Geiping et al., NeurIPS 2020). Labels are taken as known: clients state their numbers.
 - Words: the rows of an embedding that moved are the words of the texts, in no order.
 
 Candidates are matched with the examples as well as they can be: an attacker would have to choose without knowing them.

@@ -4,10 +4,10 @@
 - calibrated: a loss smaller than that of models which never saw the example (Watson et al., ICLR 2022).
 - LiRA: how likely the model's confidence in the true label is among shadow models that were trained with the example,
   against those trained without it (Carlini et al., IEEE S&P 2022); offline by the latter alone. Of few shadow models
-  the spread is taken over all examples (section VI-C there).
+  the spread is taken over all examples, as they do.
 
 An attack that is right on average may be sure of nobody, and the other way round: what counts is the true-positive rate
-where false positives are rare (section III there).
+where false positives are rare, as they say.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ NeurIPS 2023; and what they suggest: Andrew et al., One-shot Empirical Privacy E
 
 Every one of m canaries takes part with probability 1/2, all independently, and an observer of what was released guesses
 r of them; about the others it says nothing. If what was released is (epsilon, delta)-differentially private with
-respect to one canary, then (theorem 5.2, corollary 5.4)
+respect to one canary, then (their result for approximate differential privacy)
 
     P[v or more guesses are right] <= beta + 2 m delta alpha,
     beta = P[W >= v],  alpha = max_i P[v > W >= v - i] / i,  W ~ Binomial(r, e^epsilon / (1 + e^epsilon)).
@@ -18,7 +18,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special, stats
+from dp_accounting import gaussian_mechanism
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 # Guesses over canaries: all where there is next to no noise, few where only the clearest cases can be told.
@@ -106,18 +107,5 @@ def estimate(inside: np.ndarray, outside: np.ndarray, delta: float) -> float:
     if len(inside) < 2 or len(outside) < 2:
         return math.nan
     variance = np.average([inside.var(ddof=1), outside.var(ddof=1)], weights=[len(inside) - 1, len(outside) - 1])
-    return gaussian_epsilon(float(inside.mean() - outside.mean()) / max(math.sqrt(variance), 1e-12), delta)
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the epsilon at delta of telling N(mu, 1) from N(0, 1) (Balle and Wang, ICML 2018, theorem 8)."""
-
-    def over(epsilon: float) -> float:
-        first, second = special.log_ndtr(mu / 2 - epsilon / mu), special.log_ndtr(-mu / 2 - epsilon / mu)
-        return float(np.exp(first) - np.exp(epsilon + second)) - delta
-
-    if mu <= 0 or over(0.0) <= 0:
-        return 0.0
-    # There the first term alone is delta.
-    most = mu * (mu / 2 - float(special.ndtri(delta)))
-    return float(optimize.brentq(over, 0.0, most, xtol=1e-6))
+    mu = float(inside.mean() - outside.mean()) / max(math.sqrt(variance), 1e-12)
+    return float(gaussian_mechanism.get_epsilon_gaussian(1 / mu, delta)) if mu > 0 else 0.0

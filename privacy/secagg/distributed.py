@@ -81,7 +81,10 @@ def covering(
     """Return the mechanism whose moments are at most those of a Gaussian with this noise multiplier at all `ORDERS`."""
     raised = noise_multiplier
     for _ in range(_STEPS):
-        found = Skellam(clipping_norm, raised, size, clients, survivors, bits)
+        try:
+            found = Skellam(clipping_norm, raised, size, clients, survivors, bits)
+        except InputError:
+            break
         reached = gaussian_of(found)
         if reached >= noise_multiplier:
             return found
@@ -97,5 +100,5 @@ def covering(
 def gaussian_of(mechanism: Skellam) -> float:
     """Return the noise multiplier of the Gaussian whose moments at `ORDERS` are just not smaller."""
     orders = np.array(ORDERS)
-    moments = skellam.skellam_rdp(mechanism.sensitivity, mechanism.padded, mechanism.variance)
-    return float(np.sqrt(orders / (2 * moments[orders - int(skellam.ORDERS[0])])).min())
+    moments = mechanism.rdp[np.searchsorted(skellam.ORDERS, orders)]
+    return float(np.sqrt(orders / (2 * moments)).min())

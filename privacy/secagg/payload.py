@@ -7,7 +7,7 @@ weight is its number of examples, or one from 0 to 1 that its strategy gives; wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ from privacy.secagg.quantise import Quantiser
 
 # Of a training loss; a larger one counts as this.
 LARGEST_LOSS = 100.0
-# Weights from 0 to 1 are rounded to so many steps at most.
-WEIGHT_STEPS = 65535
+# Weights from 0 to 1 are rounded to 2^-16, or to what the ring has room for.
+_WEIGHT_BITS = 16
 # Of 8 bytes each: a seed of 32.
 _SEED_NUMBERS = 4
 
@@ -79,7 +79,8 @@ class Payload:
             )  # fmt: skip
 
         self._by_examples = quantiser(float(largest_weight), 1.0)
-        steps = private.weight_cap if central else min(WEIGHT_STEPS, ((1 << own.bits) - 1) // clients)
+        room = (((1 << own.bits) - 1) // clients).bit_length() - 1
+        steps = private.weight_cap if central else 1 << max(0, min(_WEIGHT_BITS, room))
         self._by_weight = quantiser(1.0, 1.0 / max(steps, 1))
         # Under differential privacy a client must not change the sum by more than the norm, roundings included.
         self._room = self._by_weight.clipping_norm if central else math.inf
@@ -127,10 +128,3 @@ class Payload:
         metrics = dict(zip(self._names, found.metrics, strict=True))
         weight = found.weight if explicit else None
         return Sum(found.update, metrics, weight, examples, found.clipped, found.worst_error)
-
-
-def flatten(tensors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return tensors (C, ...) of a cohort as rows (C, size) float32."""
-    flat = [np.reshape(t, (len(t), -1)).astype(np.float32, copy=False) for t in tensors]
-    rows: np.ndarray = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
-    return rows

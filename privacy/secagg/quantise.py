@@ -213,12 +213,13 @@ class Quantiser:
 
     def _units(self, weight: float) -> int:
         if not 0 <= weight <= self.largest_weight:
-            raise ValueError(f"a weight of {weight} is not from 0 to the {self.largest_weight} agreed on")
+            # The weight itself is not for the server to read.
+            raise ValueError(f"a weight is not from 0 to the {self.largest_weight:g} agreed on")
         return round(weight / self.weight_unit)
 
     def _counted(self, units: int, clipped: bool, counts: Sequence[int]) -> list[int]:
         if len(counts) != len(self.counts) or any(not 0 <= c <= most for c, most in zip(counts, self.counts)):  # noqa: B905
-            raise ValueError(f"counts {tuple(counts)} are not from 0 to the {self.counts} agreed on")
+            raise ValueError(f"counts are not from 0 to the {self.counts} agreed on")
         return [units, int(clipped), *counts]
 
     def _round(self, values: np.ndarray, scale: float, stream: Stream, out: np.ndarray) -> None:

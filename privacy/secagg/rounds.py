@@ -53,10 +53,16 @@ def terms_of(config: RunConfig, run_id: int, number: int, content: bytes, length
     )  # fmt: skip
 
 
-def hash_of(content: RecordDict) -> bytes:
-    """Return the hash of what all clients of a round receive alike: arrays and config."""
+def hash_of(content: RecordDict, config: RunConfig) -> bytes:
+    """Return the hash of what all clients of a round must have alike: arrays, config, and the run's configuration.
+
+    What only says how it is computed (`engine.*`) may differ.
+    """
     arrays = {name: a.data for record in content.array_records.values() for name, a in record.items()}
-    return content_hash(arrays, json.dumps(records.config_of(content), sort_keys=True, default=bytes.hex).encode())
+    run = {key: value for key, value in config.flat().items() if not key.startswith("engine.")}
+    return content_hash(
+        arrays, json.dumps([records.config_of(content), run], sort_keys=True, default=bytes.hex).encode()
+    )
 
 
 def payload_of(
