@@ -28,6 +28,10 @@ OPERATOR = (
     "For the operator: this page also shows what no noise covers, each client's numbers of examples and labels, losses "
     "and metrics. Do not publish it with the model."
 )
+OF_SUMS = (
+    "For the operator: this page also shows what no noise covers, sums of examples and labels, and each client's "
+    "metrics. Do not publish it with the model."
+)
 WHO = {
     "central": "the server adds noise to the sum of clipped updates; it sees the updates themselves",
     "local": "every client adds noise to its own update before it leaves",
@@ -126,7 +130,8 @@ def section(run: RunData) -> Section | None:
     privacy = run.summary.get("privacy") or {}
     if privacy.get("level", "none") == "none":
         return None
-    parts = [element("p", OPERATOR, class_="banner interrupted"), paragraph(f"{promise(privacy)}: {bound(privacy)}.")]
+    shown = OF_SUMS if run.summary.get("secure_aggregation") else OPERATOR
+    parts = [element("p", shown, class_="banner interrupted"), paragraph(f"{promise(privacy)}: {bound(privacy)}.")]
     if weak := strength(privacy):
         parts.append(element("p", f"{weak}.", class_="banner interrupted"))
     if privacy.get("population"):

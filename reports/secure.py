@@ -39,14 +39,16 @@ def lines(masked: Masked | None, rounds: Rows, config: Mapping[str, Any]) -> Ite
     """Yield what the terminal says at the end of a run with secure aggregation; nothing without."""
     if not masked:
         return
-    yield f"Secure aggregation: {graph(masked)}. {saw(masked)}."
+    share = clipped(rounds, config)
+    uncut = f"; no update was cut (secure-aggregation.clip={masked['clip']:g})" if share == 0 else ""
+    yield f"Secure aggregation: {graph(masked)}. {saw(masked)}{uncut}."
     if masked["identities"] == "simulated":
         yield SIMULATED
     if masked["dropped"]:
         yield f"Dropouts: {dropouts(masked)}."
     if masked["failed"]:
         yield f"Failed: {failed(masked, rounds)}."
-    if share := clipped(rounds):
+    if share:
         yield f"Clipped: {_cut(masked, share)}."
     if masked["solvable"]:
         yield f"Exposed: {exposed(masked)}. Remedy: {remedy(masked, config)}."
@@ -83,12 +85,16 @@ def failed(masked: Masked, rounds: Rows) -> str:
     return f"{plural(masked['failed'], 'sum')} did not come, whose clients' answers are all lost{why}"
 
 
-def clipped(rounds: Rows) -> float:
-    """Return the share of updates that were clipped, over all sums; 0 where it is not known."""
+def clipped(rounds: Rows, config: Mapping[str, Any]) -> float | None:
+    """Return the share of updates that were cut to secure-aggregation.clip, over all sums.
+
+    None where nobody has counted, and where differential privacy clips them.
+    """
     many = [(sum(_of(row).get("sums") or ()), finite(_of(row).get("clipped"))) for row in rounds]
     known = [(clients, share) for clients, share in many if share is not None]
-    total = sum(clients for clients, _ in known)
-    return sum(clients * share for clients, share in known) / total if total else 0.0
+    if not known or config.get("privacy.level") == "client":
+        return None
+    return sum(clients * share for clients, share in known) / sum(clients for clients, _ in known)
 
 
 def exposed(masked: Masked) -> str:
@@ -130,7 +136,7 @@ def section(run: RunData) -> Section | None:
     if masked["identities"] == "simulated":
         parts.append(element("p", SIMULATED, class_="banner interrupted"))
     parts += [element("div", *_tiles(run, masked), class_="tiles"), _exposure(run, masked), _plan(masked)]
-    if share := clipped(run.rounds):
+    if share := clipped(run.rounds, run.config):
         parts.append(element("p", f"Clipped: {_cut(masked, share)}.", class_="banner interrupted"))
     panels = []
     if run.rounds:
@@ -187,9 +193,10 @@ def _tiles(run: RunData, masked: Masked) -> Iterator[Html]:
     first = min((one["round"] for one in masked["solvable"]), default=None)
     when = "the rank test found nobody" if first is None else f"the first in round {first:,}"
     yield tile("Solvable clients", f"{len(masked['solvable']):,}", when)
-    share = clipped(run.rounds)
-    known = any(finite(_of(row).get("clipped")) is not None for row in run.rounds)
-    yield tile("Clipped", percent(share, 1) if known else NOTHING, f"of updates, to norm {masked['clip']:g}")
+    share, norm = clipped(run.rounds, run.config), f"of updates, to secure-aggregation.clip={masked['clip']:g}"
+    if run.config.get("privacy.level") == "client":
+        norm = f"to privacy.clipping-norm={number(run.config.get('privacy.clipping-norm'))}, which nobody counts"
+    yield tile("Clipped", percent(share, 1), norm)
 
 
 def _exposure(run: RunData, masked: Masked) -> Html:

@@ -20,7 +20,7 @@ from core.errors import InputError
 from privacy.secagg import graph, identities, sizes
 from privacy.secagg.exposure import Exposure
 from reports import secure
-from reports.load import read_rounds
+from reports.load import load, read_rounds
 from simulations.run import Run, preset, simulate
 from simulations.secure_plan import plan
 
@@ -141,7 +141,8 @@ def test_a_masked_run_says_what_was_masked_and_from_whom(ran: Callable[..., Run]
     said = terminal(run)
     assert said[0] == (
         "Secure aggregation: malicious profile, each of 4 clients masks with 3 others, 3 shares open a mask. "
-        "The server saw 3 sums and no update, the smallest of 4 clients."
+        "The server saw 3 sums and no update, the smallest of 4 clients; no update was cut "
+        "(secure-aggregation.clip=100)."
     )
     assert "Keys are simulated: this hides nothing from whoever runs this machine." in said
     assert "Privacy: none; the server sees sums alone, to which no noise is added." in said
@@ -249,9 +250,11 @@ def test_noise_beside_masks_says_who_adds_it_and_what_is_known_as_sums(ran: Call
     page = words(read(run.path))
     assert "every client adds a share of it under its masks" in page
     assert "training losses" not in page.split("Epsilon says nothing about:")[1].split("Secure aggregation")[0]
-    # No count of clipped clients leaves them: nothing is said of it.
-    assert secure.clipped(read_rounds(run.path)) == 0.0
-    assert "Clipped \N{EN DASH}" in page
+    # No count of clipped clients leaves them, and privacy.clipping-norm is what cuts.
+    assert secure.clipped(read_rounds(run.path), load(run.path).config) is None
+    assert "Clipped \N{EN DASH} to privacy.clipping-norm=1.000" in page
+    assert "secure-aggregation.clip" not in terminal(run)[0]
+    assert "sums of examples and labels, and each client's metrics. Do not publish" in page
 
 
 def test_a_page_of_many_sums_and_of_a_round_without_clients(tmp_path: Path) -> None:
@@ -268,6 +271,16 @@ def test_a_page_of_many_sums_and_of_a_round_without_clients(tmp_path: Path) -> N
     assert "Privacy, bits a round 41.1" in page
     assert "Keys are simulated" not in page
     assert "100 clients of 1,000 corrupt" in page
+
+
+def test_the_share_of_clipped_updates_counts_clients() -> None:
+    rows = [
+        {"sampled": clients, "secure_aggregation": {"sums": [clients], "clipped": share}}
+        for clients, share in ((9, 1 / 3), (3, 1.0), (0, 1.0))
+    ]
+    # 3 of 9 and 3 of 3; in the last round nobody was drawn.
+    assert secure.clipped(rows, {}) == pytest.approx(6 / 12)
+    assert secure.clipped(rows[:0], {}) is None
 
 
 def test_a_setting_that_no_plan_fits_raises() -> None:
