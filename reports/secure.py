@@ -81,7 +81,7 @@ def dropouts(masked: Masked) -> str:
 def failed(masked: Masked, rounds: Rows) -> str:
     """Return how many sums did not come, and the first one's reason."""
     reasons = [(row["round"], reason) for row in rounds for reason in _of(row).get("failed") or ()]
-    why = f" (round {reasons[0][0]}: {reasons[0][1]})" if reasons else ""
+    why = f" (round {reasons[0][0]}: {reasons[0][1].rstrip('.')})" if reasons else ""
     return f"{plural(masked['failed'], 'sum')} did not come, whose clients' answers are all lost{why}"
 
 
