@@ -4,6 +4,7 @@ python perf/secagg.py parts       masks, shares, keys, roundings: ours against F
 python perf/secagg.py rounds      whole rounds of 10 clients with 1,000,000 numbers, and of 100 with 100,000
 python perf/secagg.py thousand    1,000 clients with 100,000 numbers, each with 46 neighbours
 python perf/secagg.py answers     the error where all weights are 1/1000 of the largest, and which dropouts are survived
+python perf/secagg.py engine      a round of a run: 100 clients of workload (b), in clear and in both profiles
 
 Everything of ours travels as bytes, as do the clients' states between two stages; Flower's is handed over as it is.
 Both sides clip, round, mask and decode; ours also hashes the model, signs, and has a round of confirmations.
@@ -11,10 +12,12 @@ Both sides clip, round, mask and decode; ours also hashes the model, signs, and 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
@@ -30,6 +33,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives import asymmetric
 
 from perf.secagg_flower import FlowerRound
+from perf.workloads import config
 from privacy.secagg import messages
 from privacy.secagg.client import Client, State
 from privacy.secagg.graph import MALICIOUS, SEMI_HONEST, plan
@@ -39,6 +43,7 @@ from privacy.secagg.messages import ADVERTISE, CONFIRM, MASK, SHARE, UNMASK, Ter
 from privacy.secagg.quantise import Quantiser
 from privacy.secagg.server import Server
 from privacy.secagg.shamir import combine, split
+from simulations.run import simulate
 
 TURNS = 9
 NORM = 1.0
@@ -255,7 +260,26 @@ def answers() -> None:
         print(f"one of 10 drops out at {stage}: Flower {theirs}, Fedra {outcome[1]}", flush=True)
 
 
+def engine() -> None:
+    """Print the CPU time of a whole round of a run, all of it in this process, and its ratio to the plain one's."""
+    found: dict[str, list[float]] = {"none": [], SEMI_HONEST: [], MALICIOUS: []}
+    out = tempfile.mkdtemp()
+    for _ in range(TURNS):
+        for profile, seconds in found.items():
+            ends: list[float] = []
+            changes = {"clients": 100, "sampled": 0, "secure_aggregation__profile": profile, "out": out}
+            run = config("b", 5, **changes, engine__workers=0, engine__cohort_size=50)
+            simulate(run, on_round=lambda row, ends=ends: ends.append(time.process_time()))
+            # The last round evaluates, and the first one's beginning is not known.
+            seconds.append(statistics.median(b - a for a, b in itertools.pairwise(ends[:-1])))
+    print("| profile | CPU seconds a round | against plain |\n|---|---|---|")
+    for profile, seconds in found.items():
+        ratios = [a / b for a, b in zip(seconds, found["none"], strict=True)]
+        print(f"| {profile} | {statistics.median(seconds):.3f} | {_spread(ratios)} |", flush=True)
+
+
 if __name__ == "__main__":
     # Flower logs every stage, and on purpose not why a round ended.
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    {"parts": parts, "rounds": rounds, "thousand": thousand, "answers": answers}[sys.argv[1]]()
+    modes = {"parts": parts, "rounds": rounds, "thousand": thousand, "answers": answers, "engine": engine}
+    modes[sys.argv[1]]()

@@ -29,3 +29,10 @@ def test_fedprox_draws_its_figure_and_writes_its_table(tmp_path: Path, monkeypat
     first, same, third = written.splitlines()[5:8]
     assert first.partition("FedAvg")[2] == same.partition("mu = 0")[2]
     assert third.startswith("| (1,1), 0%, FedProx, mu = 1 | 3.0 | ")
+
+
+def test_the_picture_of_secure_aggregation_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUDIES))
+    path = tmp_path / "figures" / "secure.png"
+    importlib.import_module("secure_picture").draw(path)
+    assert 20_000 < path.stat().st_size < 300_000

@@ -1,7 +1,7 @@
 """What many sums together give away: the server knows who is in each, and may solve for single clients.
 
 Row t of the participation matrix has a 1 for everybody in sum t. A client whose unit vector is a combination of rows is
-solvable: the same combination of sums is its update, if clients send nearly the same in every round (So et al., MLSys
+solvable: the same combination of sums is its update, if clients send nearly the same in every round (So et al., AAAI
 2023, "Securing secure aggregation: mitigating multi-round privacy leakage in federated learning", section 3: with
 random sampling everybody is after about as many rounds as there are clients). Where clients take part in fixed groups,
 all of a group or nobody (`sampling.kind=cyclic`), no sum is of fewer than a group, ever.
