@@ -236,6 +236,10 @@ def test_exposure_is_that_of_solving_for_each_client_and_fixed_groups_have_none(
         ({"strategy": "krum", "secure_aggregation__groups": 2}, "4 clients a round in .*groups=2 are fewer than 3"),
         ({"secure_aggregation__min_cohort": 5}, "4 clients a round .* fewer than 5"),
         ({**PRIVATE, "attack__kind": "zero"}, "the server clips what malicious clients send"),
+        (
+            {**PRIVATE, "privacy__noise": "distributed", "clients": 8, "secure_aggregation__groups": 2},
+            "distributed is made for one sum, and secure-aggregation.groups=2 has several",
+        ),
         ({"attack__kind": "wrong-shape"}, "wrong-shape sends what is no vector"),
         ({"secure_aggregation__bits": 17, "clients": 10}, "bits=17 hold sums of 2 clients, and there are 10"),
         ({"secure_aggregation__corrupt": 0.5}, "2 corrupt clients of 4 are a third or more"),
