@@ -89,8 +89,8 @@ def _refused(config: RunConfig, linear: bool) -> Iterator[str]:
         )
     if private.level == "client" and private.noise == "distributed" and own.groups > 1:
         yield (
-            f"privacy.noise=distributed is made for one sum, and secure-aggregation.groups={own.groups} has several; set "
-            "1, or privacy.noise=local."
+            f"privacy.noise=distributed is made for one sum, and secure-aggregation.groups={own.groups} has several; "
+            "set 1, or privacy.noise=local."
         )
     if config.attack.kind == "wrong-shape":
         yield (
