@@ -10,7 +10,8 @@ divided by the expected number, so that one client changes the sum by S and noth
 noise. What travels beside the model (scaffold's controls) is one vector with it. Under local noise each client adds
 N(0, (z S)^2 I) to its own update before it leaves; the server sees who sent what, so nothing is gained by sampling, and
 two updates may differ by 2 S. Under distributed noise each adds a share inside secure aggregation, and the sum holds
-all of it (privacy/secagg/distributed.py). Adaptive clipping is Andrew et al., NeurIPS 2021, equation 4 and algorithm 1.
+all of it (privacy/secagg/distributed.py). Adaptive clipping is that of Andrew et al., NeurIPS 2021 ("Differentially
+private learning with adaptive clipping").
 
 A run may stand for a deployment with more clients, of whom the same share takes part in a round: the noise of its sum
 is z S clients / population, so that its mean is as noisy as one of q population clients would be (the noise cohort of
@@ -34,7 +35,7 @@ from privacy.accounting import EVERYBODY, Event, calibrate
 from privacy.banded import BandedNoise
 from privacy.noise import Source, noised
 
-# Andrew et al., section 3: the noise of the count is a twentieth of the expected count.
+# As Andrew et al. have it, the noise of the count is a twentieth of the expected count.
 COUNT_SHARE = 1 / 20
 MOST_EXPONENT = 3.0
 # A clipped update is shorter by this, so that float32 does not make it longer than the norm.
@@ -205,7 +206,7 @@ def lengths(update: LocalUpdate, origin: Mapping[str, Tensor]) -> Tensor:
     """Return the L2 norm of all that each client adds, beside the model included, (C,) float32."""
     parts = [p - origin[name] for name, p in update.params.items()]
     parts += [t for own in update.beside.values() for t in own.values()]
-    return torch.stack([t.flatten(1).double().pow(2).sum(1) for t in parts]).sum(0).sqrt().float()
+    return torch.stack([t.reshape(len(t), -1).double().pow(2).sum(1) for t in parts]).sum(0).sqrt().float()
 
 
 def scaled(update: LocalUpdate, origin: Mapping[str, Tensor], factor: Tensor) -> LocalUpdate:

@@ -1,8 +1,4 @@
-"""What a private run must not do: each rule refuses with the remedy; and what its epsilon says nothing about.
-
-Privacy code refuses rather than guesses. What is allowed and still leaves clients without noise is listed, wherever
-epsilon is shown.
-"""
+"""What a private run must not do: each rule refuses with the remedy. Privacy code refuses rather than guesses."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.adversary import COLLUDING
 from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
@@ -22,6 +17,7 @@ from core.steps import Loss
 from privacy.accounting import epsilon
 from privacy.audit.canaries import most
 from privacy.client_level import ClientLevel
+from privacy.coverage import covered
 from privacy.example_level import ExampleLevel
 from privacy.per_example import fitness
 
@@ -123,7 +119,7 @@ def _always(config: RunConfig, subject: Subject) -> Iterator[str]:
             f"sampling.kind={config.sampling.kind} chooses clients by their losses, which no epsilon covers; set "
             "uniform or poisson."
         )
-    if own.preprocessing == "covered" and not _covered(own.level, subject.standardise):
+    if own.preprocessing == "covered" and not covered(own.level, subject.standardise):
         whose = {"federated": "sums over all clients' examples", "local": "each client's own means"}
         yield (
             f"inputs are scaled by {whose[subject.standardise]}, which epsilon does not cover; set server-examples=50 "
@@ -217,11 +213,6 @@ def _in_turn(config: RunConfig, subject: Subject) -> Iterator[str]:
         yield "fedrep trains head and body in turn, and what was done in time may be one step; set faults.late=lost."
 
 
-def _covered(level: str, standardise: str) -> bool:
-    """Return whether epsilon covers the constants that scale the inputs: a client's own are its own business."""
-    return standardise in ("server", "none") or (level == "client" and standardise == "local")
-
-
 def _affordable(config: RunConfig, subject: Subject) -> None:
     """Raise `InputError` where the first round alone would exceed the budget."""
     own = config.privacy
@@ -249,46 +240,3 @@ def delta_too_large(delta: float, count: int, what: str) -> Iterator[str]:
             f"privacy.delta={delta:g} with {count} {what} allows to publish one of them whole; set less than "
             f"{1 / count:.2g}."
         )
-
-
-def _held(config: RunConfig, standardise: str) -> str:
-    """Return what becomes of the server's own examples, without noise."""
-    means = ["whose means scale all inputs"] if standardise == "server" else []
-    learns = ["from which the model learns"] if config.strategy in ("fltrust", "feddf") else []
-    return " and ".join([*means, *learns]) or "which the strategy sees as they are"
-
-
-def uncovered(config: RunConfig, standardise: str, tuned: bool) -> list[str]:
-    """Return what a private run's epsilon says nothing about, a phrase each.
-
-    `standardise` says whose constants scale the inputs, `tuned` whether a decision threshold is chosen on validation.
-    """
-    own, found = config.privacy, []
-    if own.population:
-        found.append(f"the {config.clients:,} clients of this run, whose noise is that of {own.population:,}")
-    if not _covered(own.level, standardise):
-        found.append("the means and deviations that scale the inputs")
-    elif standardise == "local":
-        found.append("the means and deviations that scale the central test set")
-    if config.server_examples:
-        found.append(f"the {config.server_examples} examples that the server holds, {_held(config, standardise)}")
-    if own.level == "example":
-        found.append("other examples of the same person: one who has k of them may spend k times that epsilon")
-    if own.level == "client" and own.noise == "central" and config.count(config.sampled) < config.clients:
-        found.append("who took part in which round, which must stay secret (clients.parquet)")
-    if config.secure_aggregation.profile == "none":
-        found.append("each client's numbers of examples and labels, stated at the start")
-        found.append("clients' training losses and evaluation metrics, for the operator's eyes")
-    else:
-        found.append("the sums of clients' numbers of examples and labels, stated at the start")
-        losses = "" if own.noise == "distributed" else "the means of clients' training losses, and "
-        found.append(f"{losses}clients' evaluation metrics, for the operator's eyes")
-    if config.attack.kind in COLLUDING and not (own.level == "client" and own.noise == "central"):
-        found.append(f"malicious clients' own data, which they share without noise (attack.kind={config.attack.kind})")
-    if config.baselines:
-        found.append("the baselines, trained on clients' examples without noise")
-    if tuned:
-        found.append("the decision threshold, chosen on the clients' validation splits")
-    if config.keep == "best" or config.early_stopping.metric:
-        found.append("which round's model is kept, chosen by the clients' validation metrics")
-    return found

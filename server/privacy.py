@@ -17,9 +17,9 @@ from core.errors import InputError
 from core.server_side import ServerSide
 from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel
+from privacy.coverage import uncovered
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
-from privacy.rules import uncovered
 from server.canaries import CanaryClients, CanaryExamples
 from server.observe import Observed, ObservedGrid, Taken
 from server.private_sum import PrivateSum

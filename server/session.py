@@ -29,6 +29,7 @@ from server.malice import Malice
 from server.observe import NAMED, Observed, ObservedGrid
 from server.privacy import Privacy
 from server.recorder import Clock, RunFolder
+from server.saving import restore, save
 from server.selection import Selection
 from server.summary import summarise
 from server.virtual import VirtualClock
@@ -75,7 +76,7 @@ class Session:
         # A resume that is refused must leave the folder as it is, so it is refused here and not in `run`.
         self.saved = folder.last_checkpoint()
         if self.saved is not None:
-            self._restore(self.saved)
+            restore(self, self.saved)
         self.privacy.remind(self.grid)
 
     def run(self) -> None:
@@ -213,7 +214,7 @@ class Session:
         tests = {name if name == "client" else f"test_{name}": values for name, values in each.items()}
         self.folder.append_round(row, observed.clients, tests)
         self._commit(number, arrays, evaluation, row, clients, seconds)
-        self._save()
+        save(self)
         if self.on_round is not None:
             self.stopped_by = self.on_round(row) or ""
         if not self.stopped_by and number < self.config.rounds:
@@ -271,37 +272,3 @@ class Session:
                 f"strategy '{self.config.strategy}' returned arrays {sorted(arrays)} in round {number}, "
                 f"but the model has {sorted(self.arrays)}"
             )
-
-    def _save(self) -> None:
-        state, unsaved = checkpoints.strategy_state(self.strategy)
-        progress = {
-            "best": self.best,
-            "last": self.last,
-            "steady": self.steady,
-            "seconds": self.clock.seconds,
-            "traffic": self.traffic,
-            "answers": self.answers.state,
-            "virtual_seconds": self.virtual.seconds if self.virtual else None,
-            "malice": self.malice.totals,
-            "selection": self.selection.state(),
-            "privacy": self.privacy.state(),
-            "secure_aggregation": self.grid.secure.state() if self.grid.secure else None,
-        }
-        states = self.grid.client_states
-        saved = checkpoints.Checkpoint(self.done, self.arrays, state, unsaved, states, progress)
-        self.checkpoints.save(saved, self.grid.take_changed_states())
-
-    def _restore(self, saved: checkpoints.Checkpoint) -> None:
-        checkpoints.refuse_unsaved(saved)
-        progress = saved.progress
-        self.done, self.arrays = saved.round, saved.arrays
-        self.best, self.last = progress["best"], progress["last"]
-        self.steady, self.traffic = progress["steady"], progress["traffic"]
-        self.clock = Clock(progress["seconds"])
-        self.answers.state, self.virtual_before = progress["answers"], progress["virtual_seconds"]
-        self.malice.totals = progress["malice"]
-        self.selection.restore(progress["selection"])
-        self.grid.client_states.update(saved.client_states)
-        self.privacy.restore(progress["privacy"], self.done)
-        if self.grid.secure is not None:
-            self.grid.secure.restore(progress["secure_aggregation"])

@@ -55,8 +55,11 @@ def test_what_was_kept_for_another_model_is_refused() -> None:
             "strategy": "feddyn", "privacy.level": "example", "privacy.noise-multiplier": 1.0, "privacy.delta": 0.1,
             "privacy.noise-seed": 0,
         },
+        {"strategy": "fedavg", "privacy.level": "client", "privacy.noise-multiplier": 1.0, "privacy.noise-seed": 0,
+         "privacy.delta": 0.01, "privacy.preprocessing": "uncovered"},
+        {"strategy": "scaffold", "secure-aggregation.profile": "malicious"},
     ],
-    ids=["scaffold", "int8", "min-max", "example"],
+    ids=["scaffold", "int8", "min-max", "example", "client", "secure"],
 )  # fmt: skip
 def test_a_parameter_without_a_dimension_is_a_matrix_of_one_number(
     settings: dict[str, Any], smoke: Callable[..., RunConfig]

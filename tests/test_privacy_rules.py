@@ -13,7 +13,7 @@ from torch import nn
 
 from core.config import RunConfig
 from core.errors import InputError
-from privacy.rules import uncovered
+from privacy.coverage import uncovered
 from reports.protection import compared, lines, promise, strength
 from server.build import check
 from simulations.run import preset

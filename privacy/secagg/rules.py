@@ -87,6 +87,11 @@ def _refused(config: RunConfig, linear: bool) -> Iterator[str]:
             f"attack.kind={config.attack.kind}: the server clips what malicious clients send, and under secure "
             "aggregation it cannot see it; drop one of them."
         )
+    if private.level == "client" and private.noise == "distributed" and own.groups > 1:
+        yield (
+            f"privacy.noise=distributed is made for one sum, and secure-aggregation.groups={own.groups} has several; "
+            "set 1, or privacy.noise=local."
+        )
     if config.attack.kind == "wrong-shape":
         yield (
             "attack.kind=wrong-shape sends what is no vector of the round, and the protocol drops it unread; choose "
