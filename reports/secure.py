@@ -219,8 +219,10 @@ def _plan(masked: Masked) -> Html:
     planned = (
         f"{plural(masked['corrupt'], 'client')} of {masked['clients']:,} corrupt, {masked['dropouts']:,} dropping out"
     )
-    most = (masked["clients"] - 1) // 3
-    holds = f"whatever happens, up to {most:,} corrupt" if malicious else f"{planned}: the chance of less is small"
+    most = plural((masked["clients"] - 1) // 3, "client")
+    holds = (
+        f"a server that lies, and up to {most} on its side" if malicious else f"{planned}: the chance of less is small"
+    )
     rows = [
         ("Holds against", holds),
         ("Dropouts that a sum survives", f"{masked['clients'] - masked['threshold']:,}" if malicious else planned),

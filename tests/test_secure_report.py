@@ -153,7 +153,7 @@ def test_a_masked_run_says_what_was_masked_and_from_whom(ran: Callable[..., Run]
     page = words(read(run.path))
     assert "clear" not in page
     assert "updates masked, malicious secure aggregation; no noise" in page
-    assert "whatever happens, up to 1 corrupt" in page
+    assert "a server that lies, and up to 1 client on its side" in page
     # What clients said of their data is known as sums alone.
     assert "4 clients with 318 training examples in all" in page
     assert "benign 199 63 %" in page.replace("\N{NO-BREAK SPACE}", " ")
