@@ -82,6 +82,7 @@ class Session:
         """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
         self._train()
         self.answers.check(self.done)
+        self.privacy.check()
 
     def _train(self) -> None:
         about = self._describe()

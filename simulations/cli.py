@@ -242,6 +242,9 @@ def main() -> None:
             errors.print("Interrupted.")
         sys.exit(code)
     except InputError as error:
+        if os.environ.get("FEDRA_TRACEBACK") and error.__cause__ is not None:
+            # Of somebody's own code, which has to be found.
+            raise
         errors.print(f"[red]Error:[/red] {escape(str(error))}")
         sys.exit(2)
     except click.exceptions.NoArgsIsHelpError:

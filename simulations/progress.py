@@ -105,6 +105,8 @@ class Progress:
         if failed := row["failed"] - row["lost"]:
             reason = row["failures"][0]["reason"]
             self.print(f"round {row['round']}: {failed} of {row['sampled']} clients failed: {reason}")
+        if dropped := row.get("privacy", {}).get("dropped_examples"):
+            self.print(f"round {row['round']}: {dropped:,} examples' gradients were not finite and added nothing")
 
     def _left(self, done: int) -> str:
         """Return the time left from the rounds after the first, which also starts the workers."""
@@ -133,6 +135,9 @@ class Progress:
             })  # fmt: skip
         stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
+        # Those of the configuration stand at the start.
+        for sentence in summary["warnings"][len(warnings(self.config)) :]:
+            self.print(f"Warning: {sentence}")
         for line in _remarks(summary, self.config.compression.kind):
             self.print(line)
         for line in protection.lines(summary["privacy"]):
