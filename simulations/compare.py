@@ -20,7 +20,7 @@ from reports.variants import HOW, STRATEGY, details, failures, personal, table
 from reports.words import plural
 from server.malice import warnings
 from simulations.run import Run, check_run, preset, quiet, simulate
-from simulations.search_space import PLAIN
+from simulations.search_space import PLAIN, holds
 
 # Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
 COMMA_IS_TEXT = (*PLAIN, "seed", "seeds")
@@ -43,12 +43,10 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     lists = lists or {"strategy": [overrides.get("strategy", plain.strategy)]}
     by = STRATEGY if list(lists) == ["strategy"] else ", ".join(lists)
     first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
+    variants = _variants(lists, overrides)
     planned = [
-        (
-            ", ".join(map(_shown, values)),
-            preset(name, {**overrides, **dict(zip(lists, values, strict=True)), "seed": seed}),
-        )
-        for values in product(*lists.values())
+        (variant, preset(name, {**settings, "seed": seed}))
+        for variant, settings in variants.items()
         for seed in range(first, first + seeds)
     ]
     # What acts in some variants may stand beside the others.
@@ -80,6 +78,26 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
         runs = f"{len(errors)} of {plural(len(rows), 'run')}"
         raise RuntimeError(f"{runs} failed and did not count; the first: {failures(rows)[0]}") from errors[0]
     return page
+
+
+def _variants(lists: Mapping[str, list[Scalar]], others: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of every variant by its name. An option goes to those of several strategies that have it.
+
+    Raises `InputError` for one that none of them has.
+    """
+    strategies = lists.get("strategy", [])
+    if len(strategies) > 1:
+        for key in (*lists, *others):
+            if not any(holds(key, str(strategy)) for strategy in strategies):
+                raise InputError(f"{key} is an option of none of strategy={','.join(map(str, strategies))}; drop it.")
+    found = {}
+    for values in product(*lists.values()):
+        varied = dict(zip(lists, values, strict=True))
+        settings = {**others, **varied}
+        if len(strategies) > 1:
+            settings = {key: value for key, value in settings.items() if holds(key, str(varied["strategy"]))}
+        found[", ".join(_shown(value) for key, value in varied.items() if key in settings)] = settings
+    return found
 
 
 def _run(config: RunConfig, errors: list[Exception]) -> dict[str, Any]:
