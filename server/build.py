@@ -19,7 +19,15 @@ from core.optimizers import make_optimizer
 from core.processors import processors_of
 from privacy import rules
 from privacy.secagg import rules as secure_rules
-from strategies import client_half, makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
+from strategies import (
+    client_half,
+    makes_partial_means,
+    options_of,
+    parameters_of,
+    private_by_example,
+    strategy_class,
+    unsaid,
+)
 from tasks import load
 from tasks.base import Task, build_model, refuse_not_finite
 from tasks.source import federation_of
@@ -55,9 +63,10 @@ def check(config: RunConfig) -> Federation:
     linear, by_example = makes_partial_means(config), private_by_example(config)
     few = federation.train[0]
     sizes = federation.train.sizes
-    subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8])
+    silent = unsaid(config)
+    subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8], silent)
     rules.check(config, subject)
-    secure_rules.check(config, model, client_half(config).numbers, linear=linear)
+    secure_rules.check(config, model, client_half(config).numbers, linear=linear, unsaid=silent)
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
