@@ -57,7 +57,7 @@ def run(
     else:
         raise InputError("name a preset, a TOML file or --resume RUN; `fedra list` shows the presets.")
     with Progress(config, console) as progress:
-        finished = start(on_start=progress.start, on_round=progress.round)
+        finished = start(on_start=progress.start, on_round=progress.round, on_baseline=progress.baseline)
     progress.summarise(finished)
 
 

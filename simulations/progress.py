@@ -23,6 +23,9 @@ from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
 
+# Fewer clients train alone before anybody wonders.
+MANY = 50
+
 
 def bar(unit: str, console: Console) -> Bar:
     """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal."""
@@ -107,6 +110,15 @@ class Progress:
             self.print(f"round {row['round']}: {failed} of {row['sampled']} clients failed: {reason}")
         if dropped := row.get("privacy", {}).get("dropped_examples"):
             self.print(f"round {row['round']}: {dropped:,} examples' gradients were not finite and added nothing")
+
+    def baseline(self, done: int) -> None:
+        """Show how many of the clients have trained alone; elsewhere than on a terminal at the start and each tenth."""
+        clients = self.config.clients
+        said = f"training baselines: client {done}/{clients}" if done else "training baselines: pooled data"
+        self._bar.update(self._task, numbers=f"{said} (baselines=false leaves them out)")
+        many = clients >= MANY and (not done or done * 10 // clients > (done - 1) * 10 // clients)
+        if many and not self.console.is_terminal:
+            self.print(said if done else f"{said}, then {clients} clients alone; baselines=false leaves them out")
 
     def _left(self, done: int) -> str:
         """Return the time left from the rounds after the first, which also starts the workers."""
