@@ -27,8 +27,16 @@ from tasks import load
 MANY = 50
 
 
-def bar(unit: str, console: Console) -> Bar:
-    """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal."""
+def training_baselines(done: int, clients: int) -> str:
+    """Return what is shown while baselines train: 0 clients are done as long as it is the pooled data."""
+    return f"training baselines: client {done}/{clients}" if done else "training baselines: pooled data"
+
+
+def bar(unit: str, console: Console, *, transient: bool = False) -> Bar:
+    """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal.
+
+    A transient one leaves nothing behind.
+    """
     return Bar(
         SpinnerColumn(),
         TextColumn(unit),
@@ -38,6 +46,7 @@ def bar(unit: str, console: Console) -> Bar:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        transient=transient,
         disable=not console.is_terminal,
     )
 
@@ -114,7 +123,7 @@ class Progress:
     def baseline(self, done: int) -> None:
         """Show how many of the clients have trained alone; elsewhere than on a terminal at the start and each tenth."""
         clients = self.config.clients
-        said = f"training baselines: client {done}/{clients}" if done else "training baselines: pooled data"
+        said = training_baselines(done, clients)
         self._bar.update(self._task, numbers=f"{said} (baselines=false leaves them out)")
         many = clients >= MANY and (not done or done * 10 // clients > (done - 1) * 10 // clients)
         if many and not self.console.is_terminal:
