@@ -127,6 +127,11 @@ class RunConfig(Section):
         """Return the config of flat dotted keys; `InputError` names the first wrong value, choices and remedy."""
         known = keys()
         for key in flat:
+            if key == "strategy-options":
+                raise InputError(
+                    f"strategy-options={flat[key]} names no option; write strategy-options.KEY=..., for example "
+                    "strategy=fedprox strategy-options.proximal-mu=0.1; `fedra list` shows each strategy's."
+                )
             if key not in known and not key.startswith("strategy-options."):
                 raise unknown("key", key, known)
         values = {k: v for k, v in flat.items() if not (k.startswith("strategy-options.") and v == DEFAULT)}

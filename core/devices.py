@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config import RunConfig
-from core.errors import InputError
+from core.errors import InputError, unknown
 from core.seeding import uniforms
 
 # Where a client may drop out of a round; only secure aggregation has others than train.
@@ -159,11 +159,10 @@ def _read_trace(path: Path, clients: int) -> dict[str, np.ndarray]:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(f"devices.trace={path} cannot be read ({error}); give a CSV file, a row a client.") from None
-    known = [name for name in COLUMNS if name in table.columns]
-    if not known:
-        raise InputError(
-            f"devices.trace={path} has columns {', '.join(table.columns)}; give one of {', '.join(COLUMNS)}."
-        )
+    known = list(map(str, table.columns))
+    for name in known:
+        if name not in COLUMNS:
+            raise unknown(f"column of devices.trace={path}", name, COLUMNS)
     if len(table) < clients:
         raise InputError(
             f"devices.trace={path} has {len(table)} rows for {clients} clients; add rows or lower clients."

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# More choices than this are no help to somebody who has mistyped one.
+MANY = 40
+
 
 class InputError(ValueError):
     """The user's input cannot be used. The command line prints the message alone and exits with code 2."""
@@ -20,4 +23,6 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> InputError:
         lower = {name.lower(): name for name in names}
         near = [lower[match] for match in get_close_matches(value.lower(), lower, n=1)]
     hint = f"did you mean '{near[0]}'? " if near else ""
+    if near and len(names) > MANY:
+        return InputError(f"unknown {kind} '{value}'; {hint}`fedra list` shows all.")
     return InputError(f"unknown {kind} '{value}'; {hint}Choices: {', '.join(names) or 'none'}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,18 @@ class Subject:
     x: np.ndarray
     """A few examples (n, ...), for their shape."""
     y: np.ndarray
+    unsaid: Collection[str] = ()
+    """What a strategy that is not ours might say of itself and does not: partial_means, private_by_example."""
+
+
+def of_means(strategy: str, unsaid: Collection[str], otherwise: str) -> str:
+    """Return why a strategy cannot live on sums alone: it does not say that it can, or else it needs every update."""
+    if "partial_means" not in unsaid:
+        return f"strategy {strategy} needs every update, and {otherwise}"
+    return (
+        f"{strategy} does not say that it needs only weighted means; if so, set partial_means = True in the class: "
+        f"{otherwise}"
+    )
 
 
 def needs(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,12 +153,13 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
             "fednova sends how many steps each client took, which no epsilon covers; set local-steps, alike for all, "
             "and faults.late=lost."
         )
+    if told := MOVED_BY.get(config.strategy):
+        others = "or a server optimiser" if own.noise == "central" else "a server optimiser or a robust rule"
+        yield (
+            f"strategy {config.strategy} goes by {told}, which the noise on updates does not cover; choose fedavg, "
+            f"fedprox, {others}."
+        )
     if own.noise != "central":
-        if told := MOVED_BY.get(config.strategy):
-            yield (
-                f"strategy {config.strategy} goes by {told}, which clients' noise does not cover; choose fedavg, "
-                "fedprox, a server optimiser or a robust rule."
-            )
         for key in ("mechanism", "clipping", "population"):
             if (value := getattr(own, key)) not in ("gaussian", "fixed", 0):
                 yield f"privacy.{key}={value} is about the server's noise; set privacy.noise=central, or drop it."
@@ -159,10 +172,10 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
     if own.population and own.mechanism == "banded":
         yield "privacy.population scales the noise of privacy.mechanism=gaussian; set that, or drop it."
     if not subject.linear:
-        yield (
-            f"strategy {config.strategy} needs every update, and privacy.noise=central gives it their noisy sum alone; "
+        yield of_means(config.strategy, subject.unsaid, (
+            "privacy.noise=central gives it clients' noisy sum alone; "
             "choose privacy.noise=local, or a strategy of weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
-        )
+        ))  # fmt: skip
     everybody = config.count(config.sampled) == config.clients
     wanted = "cyclic" if own.mechanism == "banded" else "poisson"
     if sampling.kind != wanted and not (everybody and own.mechanism == "gaussian"):
@@ -185,6 +198,11 @@ def _of_clients(config: RunConfig, subject: Subject) -> Iterator[str]:
 def _of_examples(config: RunConfig, subject: Subject) -> Iterator[str]:
     own = config.privacy
     yield from delta_too_large(own.delta, int(subject.sizes.max()), "examples of the largest client")
+    if "private_by_example" in subject.unsaid:
+        yield (
+            f"{config.strategy} does not say that its clients use examples in gradient steps alone, each batch once; "
+            "if so, set private_by_example = True in the class, and per-example clipping covers them."
+        )
     if not subject.by_example:
         yield (
             f"clients of strategy {config.strategy} use their examples otherwise than in gradient steps, which "

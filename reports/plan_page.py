@@ -56,7 +56,7 @@ def names(plan: Plan) -> list[str]:
 
 def columns(plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of the main table."""
-    headings = ["Epsilon", "Noise multiplier z", "Noise on a number", "Noise on the model", "Harmless from clients"]
+    headings = ["Epsilon", "Noise multiplier z", "Noise on a number", "Noise on the model", "Usable from clients"]
     return headings, [
         [
             rate(row["epsilon"]),
@@ -89,8 +89,8 @@ def explained(plan: Plan) -> Iterator[str]:
         f"over {plan['parameters']:,} numbers, {math.sqrt(plan['parameters']):.4g} times that."
     )
     yield (
-        "Harmless from clients: with so many, the same share of them a round, it is no longer than "
-        f"{plan['harmless']:g} clipping norm."
+        "Usable from clients: with so many, the same share of them a round, it is no longer than "
+        f"{plan['usable']:g} clipping norm, a rule of thumb."
     )
     most = max(row["clients"] for row in plan["rows"])
     if plan["level"] == "client" and plan["delta"] * most >= 1:
@@ -101,7 +101,18 @@ def explained(plan: Plan) -> Iterator[str]:
             f"A run of {plan['clients']:,} clients stands for {clients:,} with privacy.population={clients}: it adds "
             f"{plan['larger'][0]['scale']:g} times the noise, and its epsilon is theirs, extrapolated."
         )
+    yield _asked_of(plan)
     yield f"Run it: fedra run PRESET {_settings(plan)}"
+
+
+def _asked_of(plan: Plan) -> str:
+    """Return what the preset of the run must have."""
+    of = f" of {plan['examples']:,} examples each" if plan["examples"] else ""
+    own = " and the server-examples that inputs are scaled by" if plan["examples"] else ""
+    return (
+        f"PRESET is one whose data have {plural(plan['clients'], 'client')}{of}{own}; with partition.kind=iid any data "
+        "are dealt evenly."
+    )
 
 
 def _settings(plan: Plan) -> str:
@@ -118,7 +129,7 @@ def _headline(plan: Plan) -> Html:
             f"Epsilon {rate(row['epsilon'])}",
             f"z = {rate(row['noise_multiplier'])}",
             f"noise on the model: {_length(row['length'])} clipping norms",
-            f"harmless from {plural(row['clients'], 'client')}",
+            f"usable from {plural(row['clients'], 'client')}",
         )
         for row in plan["rows"]
     ]
@@ -128,7 +139,7 @@ def _headline(plan: Plan) -> Html:
 def _costs(plan: Plan) -> Section:
     classes = ["changed" if row["asked"] else "" for row in plan["rows"]]
     # How to run it has a section of its own.
-    words = [paragraph(sentence, quiet=True) for sentence in list(explained(plan))[:-1]]
+    words = [paragraph(sentence, quiet=True) for sentence in list(explained(plan))[:-2]]
     table = markup.table(*columns(plan), classes=classes)
     return Section("costs", "What a budget costs", join([table, *words]))
 
@@ -158,7 +169,7 @@ def _clients(plan: Plan) -> Section:
     words = (
         "The same share of them in a round, and the same noise multiplier: the more clients, the less of it is left."
     )
-    legend = key([*_lines(plan), ("dash", look.GREY, "harmless below"), ("dot", look.GREY, "planned")])
+    legend = key([*_lines(plan), ("dash", look.GREY, "usable below"), ("dot", look.GREY, "planned")])
     chart = figure(over_clients(plan), "Length of the noise on the model by number of clients", legend)
     return Section("clients", "Noise over clients", join([paragraph(words, quiet=True), chart]))
 
@@ -179,13 +190,13 @@ def over_clients(plan: Plan) -> go.Figure:
         {**line(clients, own, name, color, width=2.2), "hovertemplate": "%{x:,.0f} clients: %{y:.2g} clipping norms"}
         for own, name, color in zip(drawn, names(plan), look.PALETTE, strict=False)
     ]
-    harmless = line([clients[0], clients[-1]], [plan["harmless"]] * 2, "harmless", look.GREY, dash="dash", width=1.5)
+    usable = line([clients[0], clients[-1]], [plan["usable"]] * 2, "usable", look.GREY, dash="dash", width=1.5)
     ends = [min(map(min, drawn)), max(map(max, drawn))]
     now = line([plan["clients"]] * 2, ends, "planned", look.GREY, dash="dot", width=1.5)
     # Ticks at powers of ten.
     x = {"title": {"text": "clients"}, "type": "log", "dtick": 1, "tickformat": ","}
     y = {"title": {"text": "clipping norms"}, "type": "log", "dtick": 1}
-    return look.figure([*lines, harmless, now], x, y, height=320)
+    return look.figure([*lines, usable, now], x, y, height=320)
 
 
 def _larger(plan: Plan) -> Section | None:
@@ -204,5 +215,5 @@ def _larger(plan: Plan) -> Section | None:
 
 def _run(plan: Plan) -> Section:
     command = element("pre", element("code", f"fedra run PRESET {_settings(plan)}"))
-    words = "A run with a budget ends before it exceeds it; what each round has cost stands in its ledger."
+    words = f"{_asked_of(plan)} A run with a budget ends before it exceeds it; its ledger has what each round has cost."
     return Section("run", "Run it", join([command, paragraph(words, quiet=True)]))

@@ -6,6 +6,7 @@ import contextlib
 import math
 from typing import Any
 
+import numpy as np
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
@@ -18,9 +19,17 @@ from core.optimizers import make_optimizer
 from core.processors import processors_of
 from privacy import rules
 from privacy.secagg import rules as secure_rules
-from strategies import client_half, makes_partial_means, options_of, parameters_of, private_by_example, strategy_class
+from strategies import (
+    client_half,
+    makes_partial_means,
+    options_of,
+    parameters_of,
+    private_by_example,
+    strategy_class,
+    unsaid,
+)
 from tasks import load
-from tasks.base import Task, build_model
+from tasks.base import Task, build_model, refuse_not_finite
 from tasks.source import federation_of
 
 # Options that repeat the clients' learning rate take it from the run unless they are given.
@@ -48,15 +57,16 @@ def check(config: RunConfig) -> Federation:
             f"positive-weight={config.positive_weight:g} weighs the positive one of two classes, and task "
             f"{config.task} has {len(task.labels)}; set positive-weight=1."
         )
-    federation = federation_of(config)
+    federation = _loaded(config)
     devices.check(config)
     adversary.check(config, len(task.labels))
     linear, by_example = makes_partial_means(config), private_by_example(config)
     few = federation.train[0]
     sizes = federation.train.sizes
-    subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8])
+    silent = unsaid(config)
+    subject = rules.Subject(model, task.standardise, linear, by_example, sizes, task.loss, few.x[:8], few.y[:8], silent)
     rules.check(config, subject)
-    secure_rules.check(config, model, client_half(config).numbers, linear=linear)
+    secure_rules.check(config, model, client_half(config).numbers, linear=linear, unsaid=silent)
     processors_of(config)
     if config.server_examples and federation.server is None:
         raise InputError(f"task {config.task} cannot keep server-examples={config.server_examples}; set 0.")
@@ -74,6 +84,28 @@ def check(config: RunConfig) -> Federation:
         )
     if (metric or config.keep == "best") and not federation.validation.sizes.any():
         raise InputError("early stopping and keep=best need validation splits, and these partitions have none.")
+    return federation
+
+
+def _loaded(config: RunConfig) -> Federation:
+    """Return the federation's data; `InputError` where they cannot be loaded or are no finite numbers."""
+    try:
+        federation = federation_of(config)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError) as error:
+        # A task of somebody's own, which raises what its libraries do.
+        raise InputError(f"task {config.task} cannot load its data: {type(error).__name__}: {error}.") from error
+    splits = [federation.train.x, federation.validation.x, federation.test.x, federation.central.x]
+    splits += [federation.server.x] if federation.server is not None else []
+    if all(np.isfinite(x).all() for x in splits):
+        return federation
+    what = f"task {config.task}: its input"
+    if splits[0].ndim == 2:
+        for column in range(splits[0].shape[1]):
+            values = np.concatenate([x[:, column] for x in splits])
+            refuse_not_finite(values, f"{what} column {column + 1} (of {splits[0].shape[1]})")
+    refuse_not_finite(np.concatenate(splits), what)
     return federation
 
 

@@ -20,6 +20,7 @@ from privacy.client_level import ClientLevel
 from privacy.coverage import uncovered
 from privacy.example_level import ExampleLevel
 from privacy.noise import source
+from server.answers import NothingLearntError
 from server.canaries import CanaryClients, CanaryExamples
 from server.observe import Observed, ObservedGrid, Taken
 from server.private_sum import PrivateSum
@@ -27,6 +28,8 @@ from tasks.base import Task
 
 LEDGER = "ledger.jsonl"
 SPENT = "privacy budget"
+# From this share on nothing but noise has moved the model.
+TOO_MANY_DROPPED = 0.9
 NOTHING = {"level": "none", "epsilon": None, "delta": None, "accountant": None}
 
 
@@ -39,6 +42,8 @@ class Privacy:
         self.ledger = Ledger(self._own.delta, folder / LEDGER if self._own.level != "none" else None)
         self._sum: PrivateSum | None = None
         self._level: ClientLevel | None = None
+        self._examples = {"dropped": 0, "expected": 0.0}
+        """At level example: how many gradients were not finite and added nothing, and how many batches should have."""
         self.canaries: CanaryClients | CanaryExamples | None = None
         """Of an audited run."""
         if self._own.level == "example" and config.audit.canaries:
@@ -77,6 +82,7 @@ class Privacy:
                 f"strategy '{self._config.strategy}' made the model of round {server_round} without its own "
                 "aggregate_train, before which clients' noisy sum is taken: no epsilon covers it"
             )
+        self._examples["dropped"] += observed.dropped
         if isinstance(self.canaries, CanaryExamples):
             self.canaries.take(observed.canaries)
         if self._sum is None and not self.ledger.knows(server_round):
@@ -106,6 +112,25 @@ class Privacy:
             for event, most in self._own_cost(size).items()
         ]
         self.ledger.spend(server_round, events)
+        if self._own.level == "example":
+            sizes = {client: size for client, size, _ in taken}
+            self._examples["expected"] += sum(event.rate * sizes[client] * steps for client, event, steps in events)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence where examples' gradients were not finite, which clipping leaves out; else nothing."""
+        dropped, expected = self._examples["dropped"], self._examples["expected"]
+        if not dropped:
+            return []
+        return [
+            f"{dropped:,} of about {expected:,.0f} examples' gradients were not finite and added nothing: look for "
+            "extreme values in the inputs, or lower learning-rate."
+        ]
+
+    def check(self) -> None:
+        """Raise `NothingLearntError` where nearly all examples added nothing, so that noise alone moved the model."""
+        if self._examples["dropped"] > TOO_MANY_DROPPED * self._examples["expected"]:
+            [said] = self.warnings()
+            raise NothingLearntError(f"the model is made of noise alone: {said.removesuffix('.')}")
 
     def _own_cost(self, size: int) -> Mapping[Event, int]:
         """Return what a round costs a client that adds noise itself; nothing where it has no examples."""
@@ -164,7 +189,8 @@ class Privacy:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the ledger's own file."""
-        own = {"canaries": self.canaries.state()} if self.canaries is not None else {}
+        own: dict[str, Any] = {"examples": dict(self._examples)}
+        own |= {"canaries": self.canaries.state()} if self.canaries is not None else {}
         return self._sum.state() | own if self._sum is not None else own
 
     def restore(self, state: Mapping[str, Any], rounds: int) -> None:
@@ -174,6 +200,7 @@ class Privacy:
                 f"{self.ledger.file} does not say what round {missing[0]} has spent, of {rounds} that are done; put "
                 "the file back, or start a new run: epsilon would be too small."
             )
+        self._examples = dict(state["examples"])
         if self._sum is not None:
             self._sum.restore(state)
         if self.canaries is not None:

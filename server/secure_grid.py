@@ -25,6 +25,7 @@ from core.errors import InputError
 from core.records import to_arrays, to_numpy
 from core.seeding import rng
 from privacy.secagg import exact, identities
+from privacy.secagg.checks import enough
 from privacy.secagg.errors import SecAggError
 from privacy.secagg.exposure import Exposure
 from privacy.secagg.graph import malicious_threshold
@@ -37,6 +38,12 @@ from privacy.secagg.server import Server
 from server.asking import ask
 from server.secure_round import Party, SecureRound
 from strategies import client_half
+
+
+# What there is to say of a round without sums.
+_NOTHING: dict[str, Any] = {
+    "sums": [], "failed": [], "dropped": {}, "recovered": 0, "clipped": None, "worst_error": None, "solvable": 0,
+}  # fmt: skip
 
 
 class SecureGrid(Grid):
@@ -57,8 +64,7 @@ class SecureGrid(Grid):
         """Over the run: sums, those that failed, clients that dropped out and those whose masks were recovered."""
         self.traffic: Counter[str] = Counter()
         """Bytes of the protocol that no reply says: those `down`, and those `up` of who is in no sum."""
-        self.last: dict[str, Any] = {}
-        """What rounds.jsonl says of the last round."""
+        self._last: dict[str, Any] = dict(_NOTHING)
         if self._own.roster:
             self._roster: Roster = identities.read_roster(self._own.roster)
             if missing := sorted(set(range(config.clients)) - self._roster.keys()):
@@ -127,7 +133,13 @@ class SecureGrid(Grid):
             why = party.error or next(iter(party.reasons.values()))
             raise RuntimeError(f"clients did not describe their data: {why}")
         assert party.total is not None
+        self.traffic["up"] += party.sent.total()
         return exact.decode(party.total, len(nodes))
+
+    def take(self) -> dict[str, Any]:
+        """Return what rounds.jsonl says of the round since the last call: nothing of one in which nobody was drawn."""
+        found, self._last = self._last, {**_NOTHING, "solvable": len(self.exposure.solvable)}
+        return found
 
     def summary(self, model: nn.Module) -> dict[str, Any]:
         """Return what `summary.json` holds of the run's sums."""
@@ -230,7 +242,7 @@ class SecureGrid(Grid):
         failed = [party.error for party in parties if party.error]
         recovered = sum(party.recovered for party in parties)
         self.totals.update(sums=len(sums), failed=len(failed), dropped=dropped.total(), recovered=recovered)
-        self.last = {
+        self._last = {
             "sums": [len(members) for members, _ in sums],
             "failed": failed,
             "dropped": {stage: count for stage, count in dropped.items() if count},
@@ -250,6 +262,7 @@ class SecureGrid(Grid):
         hashed, run_id = hash_of(content, self._config), self._grid.run.run_id
         for party in parties:
             try:
+                enough(len(party.nodes), self._own.min_cohort, "were drawn")
                 terms = terms_of(self._config, run_id, self._number, hashed, length, len(party.nodes))
                 party.server = Server(terms, list(party.nodes), self._roster)
             except (SecAggError, InputError) as error:

@@ -83,6 +83,7 @@ class Session:
         """Train all remaining rounds; `NothingLearntError` where none of all rounds made a new model."""
         self._train()
         self.answers.check(self.done)
+        self.privacy.check()
 
     def _train(self) -> None:
         about = self._describe()
@@ -200,7 +201,7 @@ class Session:
         influence = getattr(self.strategy, "influence", None) if row["aggregated"] else None
         row |= self.malice.observe(observed.clients["client"], influence)
         row |= self.privacy.observe(number, observed, aggregated=row["aggregated"])
-        row |= {"secure_aggregation": self.grid.secure.last} if self.grid.secure else {}
+        row |= {"secure_aggregation": self.grid.secure.take()} if self.grid.secure else {}
         due = number % self.config.evaluate_every == 0 or number == self.config.rounds
         evaluation: Evaluation | None = None
         if due:

@@ -40,7 +40,7 @@ def summarise(session: Session, kept: Mapping[str, Any], status: str, error: str
         "answers": session.answers.uncounted,
         "personal": is_personal(session.config),
         "attack": session.malice.summary(kept.get("attack_success")),
-        "warnings": warnings(session.config),
+        "warnings": [*warnings(session.config), *session.privacy.warnings()],
         "versions": versions(),
         "status": status,
         "stopped_by": session.stopped_by or None,

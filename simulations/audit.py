@@ -69,14 +69,32 @@ def audit(
         raise InputError(f"{path} has not finished a round; there is nothing to audit.")
     order = Order(run, folder, canaries, shadows, console)
     found = load(folder.path).audit
-    for name in only or PARTS:
-        began = time.perf_counter()
-        with one_thread():
-            part = PARTS[name](order)
-        found[name] = {**part, "seconds": round(time.perf_counter() - began, 1)}
-        # Part by part: what an interruption leaves behind is whole.
-        folder.write_json(AUDIT, found)
-        for line in words.lines({name: found[name]}):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    wanted, done = list(dict.fromkeys(only or PARTS)), 0
+    try:
+        for name in wanted:
+            console.print(f"[{done + 1}/{len(wanted)}] {name}", markup=False, highlight=False)
+            began = time.perf_counter()
+            with one_thread():
+                part = PARTS[name](order)
+            found[name] = {**part, "seconds": round(time.perf_counter() - began, 1)}
+            # Part by part: what an interruption leaves behind is whole.
+            folder.write_json(AUDIT, found)
+            done += 1
+            for line in words.lines({name: found[name]}):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        _say_what_is_left(folder.path, wanted[:done], wanted[done:], console)
+        raise
     console.print(f"Report: {write_report(folder.path)}", highlight=False, soft_wrap=True)
     return found
+
+
+def _say_what_is_left(path: Path, done: Sequence[str], left: Sequence[str], console: Console) -> None:
+    """Say how to go on with an audit that was interrupted; what is done goes on the page."""
+    if done:
+        write_report(path)
+        kept = f"Saved: {', '.join(done)}. "
+    else:
+        kept = "No part was finished. "
+    again = f"Go on with: fedra audit {path} --only {','.join(left)}" if left else f"Its page: fedra report {path}"
+    console.print(f"{kept}{again}", markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ Both need rows that a real federation could not gather, so they exist only in a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,15 @@ from tasks.base import Task, build_model, predict
 COHORT = 32
 
 
-def train_baselines(config: RunConfig, federation: Federation) -> dict[str, Any]:
+def train_baselines(
+    config: RunConfig, federation: Federation, on_client: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Return {"central": metrics of pooled training, "local": means over clients that train alone}.
 
-    `local.own_test` is each client's model on its own test split, the rest on the central test set.
+    `local.own_test` is each client's model on its own test split, the rest on the central test set. `on_client` hears
+    how many clients are done: 0 at the start, which is the pooled data's, and then after each.
     """
+    on_client(0)
     task = load(config)
     pooled = Split(federation.train.x, federation.train.y)
     validation = Split(federation.validation.x, federation.validation.y)
@@ -46,6 +50,7 @@ def train_baselines(config: RunConfig, federation: Federation) -> dict[str, Any]
         rows.append(score(predict(model, torch.from_numpy(splits["central"].x)), test.y, task.metrics, cut))
         x = torch.from_numpy(splits["test"].x)
         own.append(score(predict(model, x), splits["test"].y, task.metrics, cut))
+        on_client(len(own))
     local = {name: values["mean"] for name, values in spread(_columns(rows)).items()}
     return {
         "central": score(predict(central, torch.from_numpy(test.x)), test.y, task.metrics, threshold),
@@ -53,13 +58,15 @@ def train_baselines(config: RunConfig, federation: Federation) -> dict[str, Any]
     }
 
 
-def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, epochs: int) -> list[torch.nn.Module]:
-    """Return one model per split, all from the same initial weights; epochs=0 trains as long as a federated client."""
+def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, epochs: int) -> Iterator[torch.nn.Module]:
+    """Yield one model per split, a cohort after the other, all from the same initial weights.
+
+    epochs=0 trains as long as a federated client.
+    """
     model = build_model(task, config.seed)
     base = config.baseline
     rate = base.learning_rate or config.learning_rate
     optimizer = make_optimizer(config, rate, base.optimizer)
-    out = []
     for start in range(0, len(splits), COHORT):
         cohort = splits[start : start + COHORT]
         sizes = [len(split) for split in cohort]
@@ -79,8 +86,7 @@ def _train(task: Task, config: RunConfig, splits: Sequence[Split], name: str, ep
         update = local_sgd(together)
         for i in range(len(cohort)):
             weights = {key: tensor[i] for key, tensor in update.params.items()}
-            out.append(records.load_into(build_model(task, config.seed), weights))
-    return out
+            yield records.load_into(build_model(task, config.seed), weights)
 
 
 def _federated_epochs(config: RunConfig, examples: int) -> int:

@@ -57,7 +57,7 @@ def run(
     else:
         raise InputError("name a preset, a TOML file or --resume RUN; `fedra list` shows the presets.")
     with Progress(config, console) as progress:
-        finished = start(on_start=progress.start, on_round=progress.round)
+        finished = start(on_start=progress.start, on_round=progress.round, on_baseline=progress.baseline)
     progress.summarise(finished)
 
 
@@ -131,11 +131,11 @@ def tune(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(run: Annotated[list[Path], typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Rebuild a run's report.html from its files."""
     from reports.page import write_report
 
-    console.print(f"Report: {write_report(run)}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {write_report(_one(run))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -202,7 +202,7 @@ def identities(
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    run: Annotated[list[Path], typer.Argument(metavar="RUN", help="A finished run's folder.")],
     canaries: Annotated[int | None, typer.Option(metavar="N", min=1, help="1000 by default, or what fits.")] = None,
     shadows: Annotated[int, typer.Option(metavar="K", min=0, help="Shadow models of membership inference.")] = 16,
     only: Annotated[str, typer.Option(metavar="PARTS", help="Of canaries,membership,inversion, with commas.")] = "",
@@ -211,7 +211,7 @@ def audit(
     from simulations.audit import audit as attack
 
     parts = [part.strip() for part in only.split(",") if part.strip()]
-    attack(run, canaries=canaries, shadows=shadows, only=parts, console=console)
+    attack(_one(run), canaries=canaries, shadows=shadows, only=parts, console=console)
 
 
 @app.command()
@@ -239,6 +239,13 @@ def flower(
     console.print(f"{found.folder.name}: {nodes} nodes in {where}", highlight=False)
     seconds = run_app(found, nodes, count, address, None if seed < 0 else seed)
     console.print(f"completed in {seconds:.1f} s", highlight=False)
+
+
+def _one(runs: list[Path]) -> Path:
+    """Return the only run folder; a pattern such as runs/* may have become several."""
+    if len(runs) > 1:
+        raise InputError(f"give one run folder, you gave {len(runs)}; the last of them is {runs[-1]}.")
+    return runs[0]
 
 
 def _overrides(settings: list[str] | None, out: str) -> dict[str, Any]:
@@ -272,6 +279,9 @@ def main() -> None:
             errors.print("Interrupted.")
         sys.exit(code)
     except InputError as error:
+        if os.environ.get("FEDRA_TRACEBACK") and error.__cause__ is not None:
+            # Of somebody's own code, which has to be found.
+            raise
         errors.print(f"[red]Error:[/red] {escape(str(error))}")
         sys.exit(2)
     except click.exceptions.NoArgsIsHelpError:

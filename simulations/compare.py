@@ -19,8 +19,9 @@ from reports.protection import compared
 from reports.variants import HOW, STRATEGY, details, failures, personal, table
 from reports.words import plural
 from server.malice import warnings
+from simulations.progress import bar, training_baselines
 from simulations.run import Run, check_run, preset, quiet, simulate
-from simulations.search_space import PLAIN
+from simulations.search_space import PLAIN, holds
 
 # Settings in which a comma is part of one value. Seeds have a setting of their own: seeds=3.
 COMMA_IS_TEXT = (*PLAIN, "seed", "seeds")
@@ -43,12 +44,10 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     lists = lists or {"strategy": [overrides.get("strategy", plain.strategy)]}
     by = STRATEGY if list(lists) == ["strategy"] else ", ".join(lists)
     first = RunConfig.of({"seed": overrides.pop("seed", plain.seed)}).seed
+    variants = _variants(lists, overrides)
     planned = [
-        (
-            ", ".join(map(_shown, values)),
-            preset(name, {**overrides, **dict(zip(lists, values, strict=True)), "seed": seed}),
-        )
-        for values in product(*lists.values())
+        (variant, preset(name, {**settings, "seed": seed}))
+        for variant, settings in variants.items()
         for seed in range(first, first + seeds)
     ]
     # What acts in some variants may stand beside the others.
@@ -61,10 +60,16 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     folder = Path(plain.out).absolute() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-compare-{plain.preset}"
     rows: list[dict[str, Any]] = []
     errors: list[Exception] = []
-    for number, (variant, config) in enumerate(planned, start=1):
-        console.print(f"[{number}/{len(planned)}] {variant}, seed {config.seed}", markup=False, highlight=False)
-        row = {"variant": variant, "strategy": config.strategy, "seed": config.seed}
-        rows.append({**row, **_run(config.with_(out=str(folder)), errors)})
+    try:
+        for number, (variant, config) in enumerate(planned, start=1):
+            console.print(f"[{number}/{len(planned)}] {variant}, seed {config.seed}", markup=False, highlight=False)
+            row = {"variant": variant, "strategy": config.strategy, "seed": config.seed}
+            rows.append({**row, **_run(config.with_(out=str(folder)), errors, console)})
+    except KeyboardInterrupt:
+        if folder.is_dir():
+            said = f"{len(rows)} of {plural(len(planned), 'run')} done; their folders, each with its report, are in"
+            console.print(f"{said} {folder}", markup=False, highlight=False, soft_wrap=True)
+        raise
     # The page has every metric; a terminal has room for the first three, which are the most telling.
     shown = [{heading: value for heading, value in row.items() if heading != "Runs"} for row in table(rows, by)]
     _print("Mean and 95 % confidence interval over seeds", [dict(list(row.items())[:4]) for row in shown], by, console)
@@ -82,11 +87,39 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     return page
 
 
-def _run(config: RunConfig, errors: list[Exception]) -> dict[str, Any]:
+def _variants(lists: Mapping[str, list[Scalar]], others: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of every variant by its name. An option goes to those of several strategies that have it.
+
+    Raises `InputError` for one that none of them has.
+    """
+    strategies = lists.get("strategy", [])
+    if len(strategies) > 1:
+        for key in (*lists, *others):
+            if not any(holds(key, str(strategy)) for strategy in strategies):
+                raise InputError(f"{key} is an option of none of strategy={','.join(map(str, strategies))}; drop it.")
+    found = {}
+    for values in product(*lists.values()):
+        varied = dict(zip(lists, values, strict=True))
+        settings = {**others, **varied}
+        if len(strategies) > 1:
+            settings = {key: value for key, value in settings.items() if holds(key, str(varied["strategy"]))}
+        found[", ".join(_shown(value) for key, value in varied.items() if key in settings)] = settings
+    return found
+
+
+def _run(config: RunConfig, errors: list[Exception], console: Console) -> dict[str, Any]:
     """Return a run's folder and summary; those of one that fails too, whose error is added to `errors`."""
     folders: list[Path] = []
     try:
-        run = simulate(config, on_start=lambda path, *_: folders.append(path))
+        # On a terminal its rounds show below the line that names it, and go when it is done.
+        with bar("round", console, transient=True) as shown:
+            task = shown.add_task("run", total=config.rounds, numbers="")
+            run = simulate(
+                config,
+                on_start=lambda path, *_: folders.append(path),
+                on_round=lambda row: shown.update(task, completed=row["round"]),
+                on_baseline=lambda done: shown.update(task, numbers=training_baselines(done, config.clients)),
+            )
         return {"path": run.path, "summary": run.summary}
     except Exception as error:
         errors.append(error)

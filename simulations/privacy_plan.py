@@ -31,8 +31,12 @@ BUDGETS = (1.0, 2.0, 4.0, 8.0)
 # Around what was asked for: half of it and twice.
 AROUND = (0.5, 1.0, 2.0)
 # In clipping norms: longer noise began to cost accuracy where it was tried (docs/guides/privacy-plan.md).
-HARMLESS = 1.0
+USABLE = 1.0
 POINTS = 24
+# What a preset may have otherwise than a plan, also where the plan has the default.
+PLANNED = ("clients", "rounds", "sampled")
+# The means of so many scale the inputs, which epsilon would not cover if they were the clients'.
+SERVER_EXAMPLES = 50
 LARGER = (2, 5, 10, 100)
 FILE = "privacy-plan"
 
@@ -112,6 +116,7 @@ def plan(config: RunConfig, *, examples: int = 0, parameters: int) -> dict[str, 
     drawn = sorted({*shown, *(np.linspace(1, math.sqrt(2 * config.rounds), POINTS) ** 2).round().astype(int).tolist()})
     rows = [_row(one, examples, parameters, ask) for one, ask in zip(made, asked, strict=True)]
     run = config if wanted else config.with_(privacy__epsilon=BUDGETS[0])
+    settings = {key: value for key, value in run.flat().items() if key in PLANNED or value != RunConfig().flat()[key]}
     return {
         "level": own.level,
         "noise": own.noise if own.level == "client" else "in every step",
@@ -124,15 +129,23 @@ def plan(config: RunConfig, *, examples: int = 0, parameters: int) -> dict[str, 
         "examples": examples,
         "batch_size": min(config.batch_size, examples),
         "steps": ExampleLevel(config).steps(examples) if examples else 0,
-        "harmless": HARMLESS,
+        "usable": USABLE,
         "rows": rows,
         "rounds_shown": shown,
         "rounds_drawn": drawn,
         "epsilons": [[_epsilon(one, examples, rounds) for rounds in drawn] for one in made],
         "larger": _larger(config, rows) if central else [],
         "falls_with": 1.0 if own.level == "client" and own.noise != "local" else 0.5,
-        "settings": {key: value for key, value in run.flat().items() if value != RunConfig().flat()[key]},
+        "settings": settings | (_of_examples(config) if examples else {}),
     }
+
+
+def _of_examples(config: RunConfig) -> dict[str, Any]:
+    """Return what the plan takes for granted of a run that hides examples, where a preset may have something else."""
+    often = {"local-steps": config.local_steps}
+    if not config.local_steps:
+        often["local-epochs"] = config.local_epochs
+    return {"batch-size": config.batch_size, **often, "server-examples": SERVER_EXAMPLES}
 
 
 def _calibrated(config: RunConfig, examples: int) -> RunConfig:
@@ -170,7 +183,7 @@ def _row(config: RunConfig, examples: int, parameters: int, asked: bool) -> dict
         "noise_multiplier": z,
         "each": each,
         "length": length,
-        "clients": math.ceil(config.clients * (length / HARMLESS) ** power),
+        "clients": math.ceil(config.clients * (length / USABLE) ** power),
         "asked": asked,
     }
 

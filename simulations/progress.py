@@ -23,9 +23,20 @@ from server.recorder import RunFolder
 from simulations.run import Run, worker_count
 from tasks import load
 
+# Fewer clients train alone before anybody wonders.
+MANY = 50
 
-def bar(unit: str, console: Console) -> Bar:
-    """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal."""
+
+def training_baselines(done: int, clients: int) -> str:
+    """Return what is shown while baselines train: 0 clients are done as long as it is the pooled data."""
+    return f"training baselines: client {done}/{clients}" if done else "training baselines: pooled data"
+
+
+def bar(unit: str, console: Console, *, transient: bool = False) -> Bar:
+    """Return a bar that counts rounds or trials with their last `numbers`; nothing where there is no terminal.
+
+    A transient one leaves nothing behind.
+    """
     return Bar(
         SpinnerColumn(),
         TextColumn(unit),
@@ -35,6 +46,7 @@ def bar(unit: str, console: Console) -> Bar:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        transient=transient,
         disable=not console.is_terminal,
     )
 
@@ -107,6 +119,17 @@ class Progress:
         if failed := row["failed"] - row["lost"]:
             reason = row["failures"][0]["reason"]
             self.print(f"round {row['round']}: {failed} of {row['sampled']} clients failed: {reason}")
+        if dropped := row.get("privacy", {}).get("dropped_examples"):
+            self.print(f"round {row['round']}: {dropped:,} examples' gradients were not finite and added nothing")
+
+    def baseline(self, done: int) -> None:
+        """Show how many of the clients have trained alone; elsewhere than on a terminal at the start and each tenth."""
+        clients = self.config.clients
+        said = training_baselines(done, clients)
+        self._bar.update(self._task, numbers=f"{said} (baselines=false leaves them out)")
+        many = clients >= MANY and (not done or done * 10 // clients > (done - 1) * 10 // clients)
+        if many and not self.console.is_terminal:
+            self.print(said if done else f"{said}, then {clients} clients alone; baselines=false leaves them out")
 
     def _left(self, done: int) -> str:
         """Return the time left from the rounds after the first, which also starts the workers."""
@@ -135,6 +158,9 @@ class Progress:
             })  # fmt: skip
         stopped = f" (stopped: {summary['stopped_by']})" if summary["stopped_by"] else ""
         self.print(f"{summary['status']} {plural(summary['rounds'], 'round')} in {summary['seconds']:.1f} s{stopped}")
+        # Those of the configuration stand at the start.
+        for sentence in summary["warnings"][len(warnings(self.config)) :]:
+            self.print(f"Warning: {sentence}")
         for line in _remarks(summary, self.config.compression.kind):
             self.print(line)
         masked = summary["secure_aggregation"]

@@ -111,29 +111,49 @@ def preset_names() -> list[str]:
 
 
 OnStart = Callable[[Path, RunConfig, int], None]
+OnBaseline = Callable[[int], None]
 
 
-def simulate(config: RunConfig, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
+def simulate(
+    config: RunConfig,
+    *,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    on_baseline: OnBaseline | None = None,
+) -> Run:
     """Run the federation and return it.
 
     `on_start` hears of the folder, the final configuration and the rounds done before; `on_round` of every line of
-    rounds.jsonl, and where it returns a sentence, the run ends there, completed and `stopped_by` that. Raises
+    rounds.jsonl, and where it returns a sentence, the run ends there, completed and `stopped_by` that;
+    `on_baseline` how many clients have trained alone. Raises
     `InputError` before any process starts when the configuration or the data cannot be used.
     """
-    return _run(config, None, on_start, on_round)
+    return _run(config, None, on_start, on_round, on_baseline)
 
 
-def resume(path: Path | str, *, on_start: OnStart | None = None, on_round: OnRound | None = None) -> Run:
+def resume(
+    path: Path | str,
+    *,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    on_baseline: OnBaseline | None = None,
+) -> Run:
     """Continue the run in a folder after its last finished round and return it; the rest is as in `simulate`."""
     folder = RunFolder.resumable(Path(path))
     config, most = folder.config, most_workers(folder.config)
     if config.engine.workers != "auto" and config.engine.workers > most:
         # This machine is smaller than the one it was started on; how many workers there are changes no result.
         config = config.with_(engine__workers=most)
-    return _run(config, folder, on_start, on_round)
+    return _run(config, folder, on_start, on_round, on_baseline)
 
 
-def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, on_round: OnRound | None) -> Run:
+def _run(
+    config: RunConfig,
+    folder: RunFolder | None,
+    on_start: OnStart | None,
+    on_round: OnRound | None,
+    on_baseline: OnBaseline | None,
+) -> Run:
     quiet()
     if config.devices.trace:
         # Workers and a resumed run may stand in another folder.
@@ -141,7 +161,8 @@ def _run(config: RunConfig, folder: RunFolder | None, on_start: OnStart | None, 
     federation = check_run(config)
     with one_thread():
         config, workers = decide(config, federation)
-    baselines = partial(train_baselines, config, federation) if config.baselines else None
+    told = {"on_client": on_baseline} if on_baseline is not None else {}
+    baselines = partial(train_baselines, config, federation, **told) if config.baselines else None
     running = config.with_(engine__workers=workers)
     with one_thread(), engine(running, federation) as grid:
         # Only now: a start that fails or is interrupted leaves no folder behind. How many workers is for this machine

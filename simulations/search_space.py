@@ -145,9 +145,12 @@ class Space:
                 raise InputError(f"{key} is an option of none of strategy={','.join(map(str, strategies))}; drop it.")
 
     def _holds(self, key: str, params: Mapping[str, Scalar]) -> bool:
-        if not key.startswith(OPTION) or "strategy" not in params:
-            return True
-        return key.removeprefix(OPTION) in options_of(strategy_class(str(params["strategy"])))
+        return "strategy" not in params or holds(key, str(params["strategy"]))
+
+
+def holds(key: str, strategy: str) -> bool:
+    """Return whether a setting is none of strategies' options, or one that this strategy has."""
+    return not key.startswith(OPTION) or key.removeprefix(OPTION) in options_of(strategy_class(strategy))
 
 
 def _number(text: str) -> int | float | None:

@@ -193,6 +193,20 @@ def private_by_example(config: RunConfig) -> bool:
     return True
 
 
+def unsaid(config: RunConfig) -> set[str]:
+    """Return which of partial_means and private_by_example a strategy that is not ours does not say and may be true."""
+    cls = strategy_class(config.strategy)
+    if config.strategy in STRATEGIES:
+        return set()
+    found = set() if hasattr(cls, "partial_means") else {"partial_means"}
+    for base in cls.__mro__:
+        if "private_by_example" in vars(base):
+            break
+        if vars(base).keys() & {"local_update", "initial_state"}:
+            return found | {"private_by_example"}
+    return found
+
+
 def needs(name: str) -> dict[str, Any]:
     """Return settings that runs of a strategy have unless a preset or the user says otherwise."""
     return dict(getattr(strategy_class(name), "settings", {}))

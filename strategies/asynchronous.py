@@ -56,6 +56,11 @@ class _WithoutRounds(strategy.FedAvg):
         """Refuse runs without a virtual clock, and what only rounds have."""
         if config.devices.kind == "none":
             raise InputError(f"{config.strategy} needs virtual time; set devices.kind=lognormal or devices.kind=trace.")
+        if config.privacy.level == "client" and config.privacy.noise == "central":
+            raise InputError(
+                f"{config.strategy} takes answers as they come, and privacy.noise=central shows it sums of whole "
+                "rounds alone; set privacy.noise=local, or choose a strategy of weighted means (fedavg, fedprox, ...)."
+            )
         if config.devices.deadline_seconds or config.sampling.over_selection > 1 or config.sampling.kind != "uniform":
             raise InputError(
                 f"{config.strategy} has no rounds: leave devices.deadline-seconds at 0, sampling.over-selection at 1 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from core.config import RunConfig
 from core.data import Federation
 from core.device import to_device
 from core.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Standardise = Literal["federated", "local", "server", "none"]
 """All clients' constants (from sums and counts), each client's own, those of the server's examples, or none."""
@@ -132,6 +135,34 @@ def predict(model: nn.Module, x: Tensor, chunk: int = 4096) -> np.ndarray:
         starts = range(0, max(len(x), 1), chunk)
         parts = [probabilities(model(to_device(x[start : start + chunk], device))) for start in starts]
     return np.concatenate(parts)
+
+
+def numbers(frame: pd.DataFrame) -> np.ndarray:
+    """Return a table's cells (n, columns) float32; `InputError` names the column of those that are none."""
+    import pandas as pd
+
+    out = np.empty(frame.shape, dtype=np.float32)
+    for i, column in enumerate(frame.columns):
+        cells = frame[column]
+        out[:, i] = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        text = np.flatnonzero(np.isnan(out[:, i]) & cells.notna().to_numpy())
+        if len(text):
+            raise InputError(
+                f"column {column!r} has {cells.iloc[text[0]]!r} in row {text[0] + 1}, which is not a number, and "
+                f"{len(text)} such cells in all; correct or encode them, or leave the column out."
+            )
+        refuse_not_finite(out[:, i], f"column {column!r}")
+    return out
+
+
+def refuse_not_finite(values: np.ndarray, what: str) -> None:
+    """Raise `InputError` where some values (n, ...) are missing or infinite; `what` names them in the sentence."""
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise InputError(
+            f"{what} has {bad:,} of {values.size:,} values missing or not finite; fill them in, drop their rows, or "
+            "leave the column out: they would make every model nothing."
+        )
 
 
 def refuse_missing(frame_name: str, missing: list[str], found: list[str]) -> InputError:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from core.config import RunConfig
+from core.errors import InputError
+
 FEDRA = str(Path(sys.executable).parent / "fedra")
 
 
@@ -62,6 +65,7 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smok"], ["unknown preset 'smok'", "did you mean 'smoke'"]),
         (["run", "none.toml"], ["none.toml", "No such file"]),
         (["run", "smoke", "rondes=3"], ["unknown key 'rondes'", "rounds"]),
+        (["run", "smoke", "strategy-options=3"], ["strategy-options=3", "write strategy-options.KEY=..."]),
         (["run", "smoke", "rounds"], ["'rounds' is not key=value"]),
         (["run", "smoke", "rounds=-1"], ["rounds=-1"]),
         (["run", "smoke", "strategy=fedporx"], ["unknown strategy 'fedporx'", "did you mean 'fedprox'"]),
@@ -92,6 +96,8 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "--resume", "x"], ["--resume continues a run"]),
         (["run", "--resume", "x"], ["not a run folder"]),
         (["report", "x"], ["x is not a folder"]),
+        (["audit", "a", "b", "c"], ["give one run folder, you gave 3"]),
+        (["report", "a", "b"], ["give one run folder, you gave 2"]),
         (["audit", "x"], ["x is not a finished run"]),
         (["audit", "x", "--only", "canary"], ["unknown part of an audit 'canary'", "did you mean 'canaries'"]),
         (["audit", "x", "--shadows", "1"], ["--shadows 1"]),
@@ -123,6 +129,14 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     for word in words:
         assert word in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_one_of_many_choices_is_told_the_nearest_alone() -> None:
+    with pytest.raises(InputError) as raised:
+        RunConfig.of({"straategy": "fedavg"})
+    assert str(raised.value) == "unknown key 'straategy'; did you mean 'strategy'? `fedra list` shows all."
+    with pytest.raises(InputError, match=r"Choices: .*rounds, sampled"):
+        RunConfig.of({"xyzzy": 1})
 
 
 def test_help_imports_neither_torch_nor_ray_nor_flower() -> None:

@@ -83,6 +83,22 @@ def test_numbers_in_a_list_are_numbers_and_baselines_follow_the_data(tmp_path: P
     assert "medical by partition.alpha" in page.text
 
 
+def test_an_option_goes_to_the_strategies_that_have_it(tmp_path: Path) -> None:
+    settings = {"strategy": "fedavg,multikrum", "strategy-options.num-malicious-nodes": 1, "clients": 5, "seeds": 1}
+    lines, _ = compared(tmp_path, **settings)
+    assert lines[:2] == ["[1/2] fedavg, seed 0", "[2/2] multikrum, seed 0"]
+    [config] = tmp_path.glob("*/*-multikrum-s0/config.toml")
+    assert "num-malicious-nodes = 1" in config.read_text()
+    [config] = tmp_path.glob("*/*-fedavg-s0/config.toml")
+    assert "num-malicious-nodes" not in config.read_text()
+    # A strategy that has no such option is compared once.
+    lists = {"strategy": "fedavg,fedprox", "strategy-options.proximal-mu": "0.1,1"}
+    lines, _ = compared(tmp_path, **lists, seeds=1)
+    assert lines[:3] == ["[1/3] fedavg, seed 0", "[2/3] fedprox, 0.1, seed 0", "[3/3] fedprox, 1, seed 0"]
+    with pytest.raises(InputError, match=r"strategy-options\.beta is an option of none of strategy=fedavg,fedprox"):
+        compared(tmp_path, **{"strategy": "fedavg,fedprox", "strategy-options.beta": 0.1})
+
+
 def test_a_grid_must_be_right_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"attack.kind='nope'"):
         compared(tmp_path, attack__kind="none,nope")

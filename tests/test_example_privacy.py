@@ -16,6 +16,7 @@ from core.config import RunConfig, read_toml
 from privacy.accounting import Event, epsilon
 from privacy.example_level import ExampleLevel, poisson_batches
 from privacy.noise import Simulated
+from server.answers import NothingLearntError
 from simulations.run import preset, resume, simulate
 from tasks.source import federation_of
 
@@ -175,6 +176,14 @@ def test_a_gradient_that_is_not_finite_adds_nothing_and_is_counted(private: Call
     assert row["privacy"]["dropped_examples"] == 3
     # Weighted by examples: three of none and one of 1.
     assert float(run.model().get_submodule("0").weight.detach()) == pytest.approx(1 / 4, abs=1e-4)
+    said = "3 of about 4 examples' gradients were not finite and added nothing"
+    assert said in run.summary["warnings"][0]
+    assert said in (run.path / "report.html").read_text().replace("&#x27;", "'").replace("&#39;", "'")
+
+
+def test_a_run_of_noise_alone_is_a_failed_one(private: Callable[..., RunConfig]) -> None:
+    with pytest.raises(NothingLearntError, match="3 of about 3 examples' gradients were not finite"):
+        _lines(private, "1e30,1,3")
 
 
 def test_an_example_whose_loss_is_endless_is_clipped_and_silences_nobody(private: Callable[..., RunConfig]) -> None:

@@ -21,14 +21,16 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from test_reports import Reader
 
-from core.config import RunConfig
+from core.config import RunConfig, parse_override
 from core.errors import InputError
 from privacy.accounting import Event, epsilon
 from privacy.client_level import ClientLevel
+from privacy.example_level import ExampleLevel
 from reports.page import write_report
 from reports.protection import bound
+from server.build import check
 from simulations.privacy_plan import plan
-from simulations.run import simulate
+from simulations.run import preset, simulate
 
 KNOWN = {"clients": 1000, "sampled": 50, "rounds": 200, "privacy.level": "client", "privacy.delta": 1e-4}
 
@@ -129,7 +131,7 @@ def test_the_command_prints_and_writes(
     assert [row["asked"] for row in found["rows"]] == [False, True, False]
     page = Reader((tmp_path / "plan" / "privacy-plan.html").read_text(encoding="utf-8"))
     assert page.outside == []
-    for text in ("Privacy plan: 1,000 clients, 200 rounds", "z = 1.00", "harmless from 2,000 clients", "x 0.2"):
+    for text in ("Privacy plan: 1,000 clients, 200 rounds", "z = 1.00", "usable from 2,000 clients", "x 0.2"):
         assert text in page.text
     over_rounds, over_clients = page.figures
     assert [trace["name"] for trace in over_rounds["data"]] == ["z = 0.50", "z = 1.00", "z = 2.00", "planned"]
@@ -151,6 +153,23 @@ def test_the_command_prints_and_writes(
         address = (tmp_path / "plan" / "privacy-plan.html").as_uri()
         drawn = subprocess.run([*command, address], capture_output=True, text=True, timeout=120).stdout
         assert Reader(drawn).tags.count("svg.main-svg") >= 2
+
+
+@pytest.mark.parametrize("local", [[], ["--local-epochs", "3"], ["--local-steps", "7"]])
+def test_the_run_that_a_plan_of_examples_names_is_the_planned_one(
+    local: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ["--clients", "20", "--rounds", "30", "--level", "example", "--examples", "600", "--epsilon", "4"]
+    code, printed = _fedra(["privacy", *question, *local], capsys, monkeypatch)
+    assert code == 0
+    line = printed.splitlines()[-1]
+    assert line.startswith("Run it: fedra run PRESET clients=20 rounds=30 sampled=0 ")
+    # These presets have other batches, epochs or steps of their own, and inputs that are scaled.
+    for name in ("medical", "fraud"):
+        config = preset(name, dict(map(parse_override, [*line.split("PRESET ")[1].split(), "partition.kind=iid"])))
+        assert check(config).train.sizes.size == 20
+        steps = ExampleLevel(config).steps(600)
+        assert steps == (7 if "7" in local else 57 if local else 19)
 
 
 PLAN = ["privacy", "--clients", "100", "--rounds", "10"]

@@ -227,6 +227,10 @@ def test_exposure_is_that_of_solving_for_each_client_and_fixed_groups_have_none(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (
+            {"strategy": "foreign_plugins:Unsaid"},
+            "does not say that it needs only weighted means; if so, set partial_means = True in the class",
+        ),
         ({"strategy": "krum"}, "krum needs every update.*secure-aggregation.groups=5"),
         ({"strategy": "qfedavg"}, "qfedavg goes by its clients' losses"),
         ({"strategy": "fedbuff"}, "fedbuff goes by each update as it comes"),

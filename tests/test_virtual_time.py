@@ -299,7 +299,11 @@ def test_devices_are_lognormal_and_their_own_whoever_else_is_asked(smoke: Smoke)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("speed\n1\n", "has columns speed; give one of seconds_per_example"),
+        ("speed\n1\n", r"unknown column of devices.trace=.*t.csv 'speed'; Choices: .*seconds_per_example"),
+        (
+            "seconds_per_example,availibility\n1,1\n",
+            r"unknown column of devices.trace=.* 'availibility'; did you mean 'availability'\? Choices: availability, ",
+        ),
         ("seconds_per_example\n1\n", "has 1 rows for 4 clients"),
         ("seconds_per_example\n1\n-2\n1\n1\n", r"column seconds_per_example, row 2: .*-2.* is not a number above 0"),
     ],

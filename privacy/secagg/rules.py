@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from core import records
 from core.config import RunConfig
 from core.errors import InputError
 from core.records import travelling
-from privacy.rules import MOVED_BY
+from privacy.rules import MOVED_BY, of_means
 from privacy.secagg import exact
 from privacy.secagg.rounds import payload_of, plan_of
 
@@ -18,12 +18,16 @@ _ASYNCHRONOUS = ("fedasync", "fedbuff")
 
 
 def check(
-    config: RunConfig, model: nn.Module, numbers: Callable[[RunConfig, int], Mapping[str, float]], *, linear: bool
-) -> None:
-    """Raise `InputError` where the configured run could not take secure sums; `linear` strategies need no more."""
+    config: RunConfig, model: nn.Module, numbers: Callable[[RunConfig, int], Mapping[str, float]], *, linear: bool,
+    unsaid: Collection[str] = (),
+) -> None:  # fmt: skip
+    """Raise `InputError` where the configured run could not take secure sums; `linear` strategies need no more.
+
+    `unsaid` is what the strategy does not say of itself (privacy/rules.py: Subject).
+    """
     if config.secure_aggregation.profile == "none":
         return
-    for sentence in _refused(config, linear):
+    for sentence in _refused(config, linear, unsaid):
         raise InputError(sentence)
     size, cohort = sum(p.numel() for p in travelling(model).values()), _cohort(config)
     plan_of(config, cohort)
@@ -37,7 +41,7 @@ def _cohort(config: RunConfig) -> int:
     return -(-config.count(config.sampled) // config.secure_aggregation.groups)
 
 
-def _refused(config: RunConfig, linear: bool) -> Iterator[str]:
+def _refused(config: RunConfig, linear: bool, unsaid: Collection[str]) -> Iterator[str]:
     own, private, sampling = config.secure_aggregation, config.privacy, config.sampling
     sampled = config.count(config.sampled)
     if config.strategy in MOVED_BY or config.strategy in _ASYNCHRONOUS:
@@ -47,11 +51,11 @@ def _refused(config: RunConfig, linear: bool) -> Iterator[str]:
             "fedprox, scaffold, a server optimiser, or a robust rule with secure-aggregation.groups."
         )
     if not linear and own.groups == 1:
-        yield (
-            f"strategy {config.strategy} needs every update, and secure aggregation shows their sum alone; set "
+        yield of_means(config.strategy, unsaid, (
+            "secure aggregation shows the sum alone; set "
             "secure-aggregation.groups=5 or so, and it works on the means of random groups, or choose a strategy of "
             "weighted means (fedavg, fedprox, fedadam, scaffold, ...)."
-        )
+        ))  # fmt: skip
     if sampled < own.groups * own.min_cohort:
         yield (
             f"{sampled} clients a round in secure-aggregation.groups={own.groups} are fewer than {own.min_cohort} in "
