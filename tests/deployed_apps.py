@@ -24,6 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 import client.app
+import client.evaluate
 import client.secure
 import server.app
 from client import replies
@@ -381,6 +382,9 @@ class KnownClient(ClientApp):
         """Return its answer to a message of the protocol."""
         case = _known(context)
         own = case["clients"][client_of(context)]
+        if records.SECURE not in message.content:
+            # Who it is, which is no client of the run's data.
+            return Message(RecordDict({records.CLIENTS: ConfigRecord({records.CLIENT: [own["id"]]})}), reply_to=message)
         names = {records.QUERY_ADVERTISE: ("channel", "mask"), records.QUERY_SHARE: ("seed",)}
         left = [bytes.fromhex(own[name]) for name in names.get(message.metadata.message_type, ())]
         folder = Path(str(context.run_config["secure-aggregation.roster"])).parent
@@ -394,7 +398,8 @@ class KnownClient(ClientApp):
             "Client": functools.partial(Client, entropy=lambda size: left.pop(0) if left else os.urandom(size)),
         }
         before = {name: getattr(client.secure, name) for name in changed}
-        encode = client.secure.exact.encode
+        encode, summed = client.secure.exact.encode, client.evaluate._summed
+        client.evaluate._summed = lambda setting, number: []
         vars(client.secure).update(changed)
         client.secure.exact.encode = lambda values: np.array(own["vector"], dtype=np.uint32)  # type: ignore[attr-defined]
         try:
@@ -402,6 +407,7 @@ class KnownClient(ClientApp):
         finally:
             # The engine's workers answer for others too.
             vars(client.secure).update(before)
+            client.evaluate._summed = summed
             client.secure.exact.encode = encode  # type: ignore[attr-defined]
 
 

@@ -169,7 +169,8 @@ def test_nothing_that_the_server_receives_is_of_one_client(deployment: Deploymen
     for vector in vectors:
         plain |= _windows(vector) | _windows(vector.astype(np.int64))
     secrets = {value for own in truth for value in own.get("keys", {}).values() if value}
-    assert len(secrets) > 3 * CLIENTS * (3 + 2 * 4)
+    # Of each client two keys, a seed and a share of its own; of each pair a key and a mask.
+    assert len(secrets) == 3 * (4 * CLIENTS + 2 * 10)
     assert not _found(plain | secrets, received)
     # No number of one client: only who it is.
     assert {tuple(message["values"]) for message in training} == {(records.SECURE,)}
@@ -330,7 +331,7 @@ def test_the_engines_workers_give_the_known_bytes(
 ) -> None:
     case = _case(name)
     roster = _given(case, tmp_path / "known")
-    settings = f'secure-aggregation.profile="malicious" secure-aggregation.roster="{roster}"'
+    settings = f'secure-aggregation.profile="malicious" secure-aggregation.roster="{roster}" partition.kind="iid"'
     done = subprocess.run(
         [
             BIN / "fedra", "flower", deployment._app("known"), "--nodes", str(len(case["clients"])),
