@@ -18,7 +18,7 @@ FIRST_WAIT, LONGEST_WAIT, SLOWER = 0.02, 0.1, 1.5
 
 
 def ask(grid: Grid, messages: Iterable[Message], seconds: float | None) -> Iterable[Message]:
-    """Send messages and return the replies, as they come, until all are there or `seconds` have passed."""
+    """Send messages and return one reply to each, as they come, until all are there or `seconds` have passed."""
     found = list(messages)
     # The local engine answers at once, and for whole cohorts.
     return (
@@ -36,8 +36,10 @@ def _fetched(grid: Grid, messages: Sequence[Message], seconds: float | None) -> 
     while waiting and (deadline is None or time.monotonic() < deadline):
         came = list(grid.pull_messages(waiting))
         for reply in came:
-            own = asked[reply.metadata.reply_to_message_id]
+            if reply.metadata.reply_to_message_id not in waiting:
+                continue
             waiting.discard(reply.metadata.reply_to_message_id)
+            own = asked[reply.metadata.reply_to_message_id]
             stranger = reply.metadata.src_node_id != own.metadata.dst_node_id
             yield Message(reply.error, reply_to=own) if stranger and reply.has_error() else reply
         wait = FIRST_WAIT if came else min(wait * SLOWER, LONGEST_WAIT)

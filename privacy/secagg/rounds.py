@@ -59,7 +59,8 @@ def hash_of(content: RecordDict, config: RunConfig) -> bytes:
     What only says how it is computed (`engine.*`) may differ.
     """
     arrays = {name: a.data for record in content.array_records.values() for name, a in record.items()}
-    run = {key: value for key, value in config.flat().items() if not key.startswith("engine.")}
+    # Validated once more: a default that was never written down may be 0 here and 0.0 there.
+    run = {key: value for key, value in config.with_().flat().items() if not key.startswith("engine.")}
     return content_hash(
         arrays, json.dumps([records.config_of(content), run], sort_keys=True, default=bytes.hex).encode()
     )

@@ -1,0 +1,229 @@
+"""Secure aggregation's messages between one server and clients of their own: what is odd costs its sender the round."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
+
+from client.app import app
+from core import records
+from core.config import RunConfig
+from privacy.secagg.client import State
+from privacy.secagg.rounds import hash_of
+from server.app import train
+from server.recorder import RunFolder
+
+CLIENTS, ODD = 5, 2
+SECURE = {"secure-aggregation.profile": "malicious", "secure-aggregation.stage-seconds": 0.5, "timeout-seconds": 5.0}
+Change = Callable[[Message], list[Message]]
+
+
+@pytest.fixture(autouse=True)
+def _server() -> None:
+    """Messages are made by a server of a run."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+
+
+class Here(Grid):
+    """A Grid whose nodes live in this process and answer one by one, as deployed ones do; node 100 + i is client i."""
+
+    def __init__(self, config: RunConfig, change: Change, own: dict[str, Any]) -> None:
+        self.nodes = {100 + i: self._context(config, i, own if i == ODD else {}) for i in range(CLIENTS)}
+        self._change, self._replies = change, list[Message]()
+
+    @staticmethod
+    def _context(config: RunConfig, client: int, own: dict[str, Any]) -> Context:
+        return Context(7, 100 + client, {"partition-id": client}, RecordDict(), {**config.flat(), **own})
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        return Run.create_empty(7)
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            reply = app(message, self.nodes[message.metadata.dst_node_id])
+            found = [reply]
+            if message.metadata.dst_node_id == 100 + ODD and message.metadata.message_type in (
+                "train", *records.SECURE_STAGES
+            ):  # fmt: skip
+                found = self._change(reply)
+            self._replies += found
+            if found or self._change is not _gone:
+                ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        wanted = set(message_ids)
+        found = [reply for reply in self._replies if reply.metadata.reply_to_message_id in wanted]
+        self._replies = [reply for reply in self._replies if reply not in found]
+        return found
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise AssertionError("nobody uses Flower's own loop")
+
+
+def _run(smoke: Callable[..., RunConfig], change: Change = lambda reply: [reply], **own: Any) -> Path:
+    config = smoke(**SECURE, clients=CLIENTS, rounds=2)
+    folder = RunFolder.create(config)
+    train(Here(config, change, {key.replace("_", "-"): value for key, value in own.items()}), config, folder)
+    return folder.path
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").open()]
+
+
+def _model(folder: Path) -> np.ndarray:
+    return np.concatenate([value.ravel() for value in load_file(folder / "model.safetensors").values()])
+
+
+def _of(reply: Message, **changed: Any) -> Message:
+    """Return the reply with other values in its part of the protocol, or other records."""
+    own = dict(reply.content.items())
+    record = {name: changed.pop(name) for name in (records.CLIENT, records.PART) if name in changed}
+    own[records.SECURE] = ConfigRecord({**own[records.SECURE], **record})
+    reply.content = RecordDict({**own, **changed})
+    return reply
+
+
+def _twice(reply: Message) -> list[Message]:
+    return [reply, reply]
+
+
+def _more(reply: Message) -> list[Message]:
+    numbers = {records.NUM_EXAMPLES: 10**9, records.TRAIN_LOSS: 0.0}
+    return [_of(reply, arrays=ArrayRecord([np.full(3, np.inf)]), metrics=MetricRecord(numbers), odd=ConfigRecord({}))]
+
+
+@pytest.mark.parametrize("change", [_twice, _more])
+def test_what_is_said_twice_or_besides_changes_nothing(change: Change, smoke: Callable[..., RunConfig]) -> None:
+    honest, odd = _run(smoke), _run(smoke, change)
+    assert [row["secure_aggregation"]["sums"] for row in _rows(odd)] == [[CLIENTS]] * 2
+    np.testing.assert_array_equal(_model(honest), _model(odd))
+
+
+def _gone(reply: Message) -> list[Message]:
+    return [] if reply.metadata.message_type == "train" else [reply]
+
+
+def _late(reply: Message) -> list[Message]:
+    return [] if reply.metadata.message_type == records.QUERY_CONFIRM else [reply]
+
+
+def _of_the_superlink(reply: Message) -> list[Message]:
+    """Return what Flower says of a node that is gone: the SuperLink itself is the sender."""
+    if reply.metadata.message_type != "train":
+        return [reply]
+    found = Message(Error(ErrorCode.NODE_UNAVAILABLE, "it is gone"), reply_to=reply)
+    found.metadata.__dict__.update(
+        _src_node_id=SUPERLINK_NODE_ID, _reply_to_message_id=reply.metadata.reply_to_message_id
+    )
+    return [found]
+
+
+def _at_mask(**changed: Any) -> Change:
+    return lambda reply: [_of(reply, **changed) if reply.metadata.message_type == "train" else reply]
+
+
+# What a client's answers become, at which stage that costs it its place, and why.
+ODDITIES: dict[str, tuple[Change, str, str]] = {
+    "another's number": (_at_mask(client=[ODD + 1]), "mask", "its answer is none of the protocol"),
+    "two numbers": (_at_mask(client=[ODD, ODD + 1]), "mask", "its answer is none of the protocol"),
+    "no list": (_at_mask(client=ODD), "mask", "its answer is none of the protocol"),
+    "no bytes": (_at_mask(part=["vector"]), "mask", "its answer cannot be read"),
+    "a number": (_at_mask(part=[1.5]), "mask", "its answer cannot be read"),
+    "garbage": (_at_mask(part=[b"i" * 1000]), "mask", "its answer cannot be read"),
+    "nothing": (_at_mask(part=[b""]), "mask", "its answer cannot be read"),
+    "gone": (_gone, "mask", "the node has left"),
+    "gone for the SuperLink": (_of_the_superlink, "mask", "it is gone"),
+    "never": (_late, "confirm", ""),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_an_odd_answer_is_none_and_the_others_have_their_sum(oddity: str, smoke: Callable[..., RunConfig]) -> None:
+    change, stage, why = ODDITIES[oddity]
+    rows = _rows(_run(smoke, change))
+    for row in rows:
+        assert row["secure_aggregation"]["dropped"] == {stage: 1}
+        # Who drops out after its vector came is in the sum.
+        assert row["secure_aggregation"]["sums"] == [CLIENTS - (stage == "mask")]
+        assert [(f["client"], f["reason"][: len(why)]) for f in row["failures"]] == [(ODD, why)] * (stage == "mask")
+
+
+def test_a_client_that_was_told_another_run_configuration_is_in_no_sum(smoke: Callable[..., RunConfig]) -> None:
+    with pytest.raises(RuntimeError, match=f"client {ODD}: InconsistentError: the model and config that came are not"):
+        _run(smoke, **{"local-epochs": 1})
+
+
+def test_the_hash_of_a_round_is_of_the_run_configuration_too_but_for_the_engine(
+    smoke: Callable[..., RunConfig],
+) -> None:
+    content, config = RecordDict({records.CONFIG: ConfigRecord({"server-round": 1})}), smoke()
+    assert hash_of(content, config) == hash_of(content, config.with_(**{"engine.workers": 3}))
+    assert hash_of(content, config) != hash_of(content, config.with_(**{"learning-rate": 3.0}))
+
+
+def _ask(message_type: str, config: RunConfig, *, state: RecordDict | None = None, **node: Any) -> Message:
+    content = RecordDict({records.ARRAYS: ArrayRecord(), records.CONFIG: ConfigRecord({"server-round": 1})})
+    if message_type == "loss":
+        content[records.CONFIG] = ConfigRecord({records.SPLIT: "train"})
+        message_type = "evaluate"
+    context = Context(7, 1, {"partition-id": 0, **node}, state or RecordDict(), dict(config.flat()))
+    return app(Message(content, 1, message_type), context)
+
+
+def test_a_client_refuses_what_would_show_it_in_clear(smoke: Callable[..., RunConfig]) -> None:
+    secure, plain = smoke(**SECURE), smoke()
+    for config, message_type, node, words in [
+        (secure, "train", {}, "nobody trains for an answer that is not masked"),
+        (secure, "loss", {}, "nobody tells its own loss on its training examples"),
+        *[(plain, kind, {"secure-identity": "KEY"}, "secure-aggregation.profile=none")
+          for kind in ("train", "evaluate", records.QUERY_STATISTICS, *records.SECURE_STAGES)],
+    ]:  # fmt: skip
+        reason = str(_ask(message_type, config, **node).error.reason)
+        assert reason.startswith("client 0: RefusedError: ")
+        assert words in reason
+    # What it does say of itself before training is its name.
+    assert dict(_ask(records.QUERY_STATISTICS, secure).content[records.METRICS]) == {}
+    assert dict(_ask(records.QUERY_STATISTICS, plain).content[records.METRICS])
+
+
+def test_a_client_with_a_roster_in_the_run_and_no_key_refuses(smoke: Callable[..., RunConfig]) -> None:
+    reason = str(_advertise(smoke(**SECURE, **{"secure-aggregation.roster": "roster.json"})).error.reason)
+    assert "RefusedError: this run has a roster, and client 0 was given no key of its own" in reason
+
+
+def _advertise(config: RunConfig) -> Message:
+    content = RecordDict({records.SECURE: ConfigRecord({records.SERVER_ROUND: 1, records.PART: b""})})
+    context = Context(7, 1, {"partition-id": 0}, RecordDict(), dict(config.flat()))
+    return app(Message(content, 1, records.QUERY_ADVERTISE), context)
+
+
+def test_a_client_forgets_a_round_when_it_is_asked_for_something_else(smoke: Callable[..., RunConfig]) -> None:
+    state = RecordDict({records.SECURE: ConfigRecord({"state": State(3, "mask", seed=b"secret" * 6).to_bytes()})})
+    _ask(records.QUERY_STATISTICS, smoke(**SECURE), state=state)
+    assert state[records.SECURE]["state"] == State(3).to_bytes()
