@@ -39,7 +39,6 @@ from server.asking import ask
 from server.secure_round import Party, SecureRound
 from strategies import client_half
 
-
 # What there is to say of a round without sums.
 _NOTHING: dict[str, Any] = {
     "sums": [], "failed": [], "dropped": {}, "recovered": 0, "clipped": None, "worst_error": None, "solvable": 0,
