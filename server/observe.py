@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from core import records
 from core.config import RunConfig
 from server.asking import ask
 from server.intake import refuse_odd, take_in
 from server.secure_grid import SecureGrid
+from server.wrapped import WrappedGrid
 
 # How often a strategy may list the nodes of one round: Flower's asks again every second for those it waits for.
 PATIENCE = 10
@@ -67,11 +67,11 @@ class Observed:
         return float(np.average(self.clients["train_loss"], weights=weights)) if weights else float("nan")
 
 
-class ObservedGrid(Grid):
+class ObservedGrid(WrappedGrid):
     """Wraps any Flower Grid. Strategies see a Grid; the recorder sees what happened in the round."""
 
     def __init__(self, grid: Grid) -> None:
-        self.inner = grid
+        super().__init__(grid)
         self.secure = grid if isinstance(grid, SecureGrid) else None
         # The local engine numbers its clients itself; elsewhere they say who they are at the start.
         self._client_of: Callable[[int], int] | None = getattr(grid, "client_of", None)
@@ -133,21 +133,6 @@ class ObservedGrid(Grid):
         taken = set(changed)
         changed.clear()
         return taken
-
-    def set_run(self, run: Run) -> None:
-        """Set the run of the wrapped grid."""
-        self.inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Return the run of the wrapped grid."""
-        return self.inner.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a new message of the wrapped grid."""
-        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids, in the order of their clients once that is known; while some are offered, those."""

@@ -37,6 +37,7 @@ from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
 from server.asking import ask
 from server.secure_round import Party, SecureRound
+from server.wrapped import WrappedGrid
 from strategies import client_half
 
 # What there is to say of a round without sums.
@@ -45,11 +46,12 @@ _NOTHING: dict[str, Any] = {
 }  # fmt: skip
 
 
-class SecureGrid(Grid):
-    """Flower's Grid around another. What it does not do itself is the other's."""
+class SecureGrid(WrappedGrid):
+    """Flower's Grid around another, for one run."""
 
     def __init__(self, grid: Grid, config: RunConfig) -> None:
-        self._grid, self._config, self._own = grid, config, config.secure_aggregation
+        super().__init__(grid)
+        self._config, self._own = config, config.secure_aggregation
         self._engine = hasattr(grid, "client_of")
         self._numbers = client_half(config).numbers
         self._client_of: Mapping[int, int] = {}
@@ -75,41 +77,19 @@ class SecureGrid(Grid):
             self._roster = identities.simulated_roster(config.seed, config.clients)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_grid"], name)
+        # What only the local engine's grid has.
+        return getattr(self.__dict__["inner"], name)
 
     def order_by(self, clients: Mapping[int, int]) -> None:
         """Learn the clients' numbers by node id."""
         self._client_of = clients
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of the other grid."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """Return the run of the other grid."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a new message of the other grid."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the node ids of the other grid."""
-        return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push messages that are not of training: a sum needs all of a round together."""
         found = list(messages)
         if any(message.metadata.message_type == "train" for message in found):
             raise RuntimeError("the strategy trains clients one by one, and secure aggregation sums whole rounds")
-        return self._grid.push_messages(found)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies of the other grid."""
-        return self._grid.pull_messages(message_ids)
+        return super().push_messages(found)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return one reply with the mean for each sum of a round of training, and an error for who is in none.
@@ -118,7 +98,7 @@ class SecureGrid(Grid):
         """
         found = list(messages)
         if not found or found[0].metadata.message_type != "train":
-            return ask(self._grid, found, timeout)
+            return ask(self.inner, found, timeout)
         return self._trained(found, timeout)
 
     def add_up(self, content: RecordDict, nodes: Mapping[int, int], numbers: int, timeout: float) -> list[float]:
@@ -210,7 +190,7 @@ class SecureGrid(Grid):
         return replies
 
     def _number_of(self, node: int) -> int:
-        client: int = self._grid.client_of(node) if self._engine else self._client_of[node]  # type: ignore[attr-defined]
+        client: int = self.inner.client_of(node) if self._engine else self._client_of[node]  # type: ignore[attr-defined]
         return client
 
     def _grouped(self, server_round: int, by_client: Mapping[int, Message]) -> Iterator[dict[int, int]]:
@@ -260,7 +240,7 @@ class SecureGrid(Grid):
         server_round = records.server_round(content) or 0
         # Rounds of the protocol only go up, and the first of them comes before training.
         self._number = max(self._number, server_round) + 1
-        hashed, run_id = hash_of(content, self._config), self._grid.run.run_id
+        hashed, run_id = hash_of(content, self._config), self.inner.run.run_id
         for party in parties:
             try:
                 enough(len(party.nodes), self._own.min_cohort, "were drawn")
@@ -270,12 +250,12 @@ class SecureGrid(Grid):
                 party.error = f"{type(error).__name__}: {error}"
         seconds = None if self._engine else self._own.stage_seconds
         rounds = SecureRound(
-            self._grid, self._number_of, together=self._engine, seconds=seconds, server_round=server_round
+            self.inner, self._number_of, together=self._engine, seconds=seconds, server_round=server_round
         )
         rounds.run(parties, message_type, content, timeout)
         if self._engine:
             # What clients who dropped out have not forgotten must not end up in a checkpoint.
-            states = self._grid.client_states  # type: ignore[attr-defined]
+            states = self.inner.client_states  # type: ignore[attr-defined]
             for node in (node for party in parties for node in party.nodes.values() if node in states):
                 states[node].pop(records.SECURE, None)
         self.traffic["down"] += sum(party.received for party in parties)
