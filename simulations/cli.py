@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from core.errors import InputError
+from core.errors import InputError, told
 
 app = typer.Typer(
     help="Federated learning on one machine: a Flower server, many Ray-spawned clients, torch models, non-IID data.",
@@ -266,6 +266,6 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FEDRA_TRACEBACK"):
             raise
-        errors.print(f"[red]Failed:[/red] {type(error).__name__}: {escape(str(error))}")
+        errors.print(f"[red]Failed:[/red] {escape(told(error))}")
         errors.print("Set FEDRA_TRACEBACK=1 to see where.")
         sys.exit(1)

@@ -68,6 +68,11 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "strategy-options=3"], ["strategy-options=3", "write strategy-options.KEY=..."]),
         (["run", "smoke", "rounds"], ["'rounds' is not key=value"]),
         (["run", "smoke", "rounds=-1"], ["rounds=-1"]),
+        (["run", "smoke", "rounds=ten"], ["rounds='ten' is not valid: must be a whole number from 1. "]),
+        (["run", "smoke", "momentum=x"], ["momentum='x' is not valid: must be a number from 0 and below 1. "]),
+        (["run", "smoke", "partition.kind=x"], ["partition.kind='x' is not valid: must be 'natural', 'iid'"]),
+        (["run", "smoke", "sampled=1e9"], ["sampled=1e+09 is more than the 4 clients"]),
+        (["run", "smoke", "attack.strength=1e9"], ["attack.strength=1e+09 does nothing"]),
         (["run", "smoke", "strategy=fedporx"], ["unknown strategy 'fedporx'", "did you mean 'fedprox'"]),
         (["run", "smoke", "strategy=os:path"], ["not a subclass"]),
         (
@@ -180,6 +185,7 @@ def test_list_names_everything(tmp_path: Path) -> None:
 def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> None:
     failed = _fedra("run", "smoke", "learning-rate=1e30", cwd=tmp_path)
     assert failed.returncode == 1
+    assert failed.stderr.startswith("Failed: all 4 clients of round 1 failed; the first: client 0: ")
     assert "not finite" in failed.stderr
     [folder] = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
