@@ -35,6 +35,10 @@ from core.sections import (
 Scalar = bool | int | float | str
 # Flower's run configuration must list every key with a value; this one stands for "whatever the strategy says".
 DEFAULT = "default"
+# What pydantic calls a number outside its bounds.
+BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+# From here on a number is shown by its power of ten.
+LONG = 1e7
 
 
 class RunConfig(Section):
@@ -117,9 +121,9 @@ class RunConfig(Section):
         for key in ("sampled", "evaluated"):
             value = getattr(self, key)
             if value >= 1 and value != int(value):
-                raise ValueError(f"{key}: {value} is neither a whole number of clients nor a fraction below 1")
+                raise ValueError(f"{key}={written(value)} is neither a whole number of clients nor a fraction below 1")
             if value > self.clients:
-                raise ValueError(f"{key}: {value:g} is more than the {self.clients} clients; lower it or raise clients")
+                raise ValueError(f"{key}={value:g} is more than the {self.clients} clients; lower it or raise clients")
         return self
 
     @classmethod
@@ -157,6 +161,15 @@ class RunConfig(Section):
         if value == 0:
             return self.clients
         return int(value) if value >= 1 else max(1, round(value * self.clients))
+
+
+def written(value: Scalar) -> str:
+    """Return a value as a user writes it: true, 1e+09, and (empty) for nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and abs(value) >= LONG:
+        return f"{value:g}"
+    return str(value) or "(empty)"
 
 
 def dotted(keyword: str) -> str:
@@ -216,15 +229,36 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def _bounds(key: str) -> str:
+    """Return between which numbers a setting is, as in " from 1"; empty where all are taken."""
+    section, _, name = key.rpartition(".")
+    fields = RunConfig.model_fields
+    if section:
+        owner: Any = fields[section.replace("-", "_")].annotation
+        fields = owner.model_fields
+    words = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
+    found = fields[name.replace("-", "_")].metadata
+    bounds = [f" {said} {getattr(one, kind):g}" for kind, said in words.items() for one in found if hasattr(one, kind)]
+    return " and".join(bounds)
+
+
 def _sentence(error: Mapping[str, Any]) -> str:
     """Turn pydantic's report into the value, the choices and the remedy."""
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "literal_error" and "literal['auto']" in error["loc"]:
         message = "must be 'auto' or a number"
-    elif error["type"] == "bool_parsing":
+    elif error["type"].startswith("int_"):
+        message = f"must be a whole number{_bounds(where)}"
+    elif error["type"].startswith("float_") or error["type"] in BOUNDS:
+        message = f"must be a number{_bounds(where)}"
+    elif error["type"] == "string_type":
+        message = "must be text"
+    elif error["type"] in ("bool_parsing", "bool_type"):
         message = "must be true or false"
     if not where:
         return f"{message}."
     hint = keys().get(where, "")
-    return f"{where}={error['input']!r} is not valid: {message[0].lower()}{message[1:]}. {hint}".strip()
+    given = error["input"]
+    shown = repr(given) if isinstance(given, str) else written(given)
+    return f"{where}={shown} is not valid: {message[0].lower()}{message[1:]}. {hint}".strip()

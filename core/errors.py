@@ -13,6 +13,15 @@ class InputError(ValueError):
     """The user's input cannot be used. The command line prints the message alone and exits with code 2."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that the sentence says; the command line exits with code 1."""
+
+
+def told(error: BaseException) -> str:
+    """Return what a user is told of an error: the sentence where it is one of ours, else its kind beside it."""
+    return str(error) if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: {error}"
+
+
 def unknown(kind: str, value: str, choices: Iterable[str]) -> InputError:
     """Return the error for a name that is not among `choices`, with the nearest one as a suggestion."""
     names = sorted(choices)

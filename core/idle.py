@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.adversary import STRENGTHS
-from core.config import RunConfig, Scalar
+from core.config import RunConfig, Scalar, written
 from core.errors import InputError
 
 Flat = Mapping[str, Scalar]
@@ -29,7 +29,7 @@ class Acts:
 
 def _with(key: str, *values: Scalar) -> Acts:
     """Return that a setting acts where another has one of these values."""
-    return Acts(f"with {key}={_or(map(_written, values))}", lambda flat: flat[key] in values, (key,))
+    return Acts(f"with {key}={_or(map(written, values))}", lambda flat: flat[key] in values, (key,))
 
 
 def _unless(key: str, value: Scalar) -> Acts:
@@ -40,10 +40,6 @@ def _unless(key: str, value: Scalar) -> Acts:
 def _or(parts: Iterable[str]) -> str:
     *others, last = parts
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _written(value: Scalar) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
 _MOMENTUM = ("sgd", "rmsprop")
@@ -130,9 +126,9 @@ def refuse_idle(configs: Sequence[RunConfig]) -> None:
     for key, acts in ACTS.items():
         changed = [flat for flat in flats if flat[key] != _defaults()[key]]
         if changed and not any(map(acts.where, flats)):
-            there = " and ".join(f"{other}={_written(changed[0][other])}" for other in acts.by)
+            there = " and ".join(f"{other}={written(changed[0][other])}" for other in acts.by)
             raise InputError(
-                f"{key}={_written(changed[0][key])} does nothing with {there}; it acts {acts.words}: "
+                f"{key}={written(changed[0][key])} does nothing with {there}; it acts {acts.words}: "
                 f"set that, or drop {key}."
             )
 

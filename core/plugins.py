@@ -57,6 +57,11 @@ def load(kind: str, name: str, table: Mapping[str, str], group: str) -> Any:
     try:
         return _import(target)
     except BROKEN as error:
+        module, _, attribute = name.partition(":")
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            remedy = f"; start fedra in the folder where {error.name}.py lies, or install its package"
+        elif isinstance(error, AttributeError) and (own := _defined(module)) and attribute not in own:
+            raise unknown(f"{kind} of {module}", attribute, own) from None
         raise InputError(f"{kind} '{name}' {where}: {_reason(error)}{remedy}.") from error
 
 
@@ -115,6 +120,12 @@ def _import(target: str) -> Any:
     for part in attribute.split("."):
         found = getattr(found, part)
     return found
+
+
+def _defined(module: str) -> list[str]:
+    """Return the classes and functions that a module which was imported defines itself."""
+    named = vars(sys.modules[module]) if module in sys.modules else {}
+    return [name for name, found in named.items() if name[0] != "_" and getattr(found, "__module__", "") == module]
 
 
 def _reason(error: BaseException) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core.errors import RunError
 from reports.words import plural
 
 
-class NothingLearntError(RuntimeError):
+class NothingLearntError(RunError):
     """No round made a new model: the run would hand out the one it began with."""
 
 

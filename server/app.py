@@ -10,6 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from core.config import RunConfig
+from core.errors import RunError, told
 from server.build import check
 from server.observe import ObservedGrid
 from server.recorder import RunFolder
@@ -36,7 +37,7 @@ def _wait_for_nodes(grid: Grid, clients: int) -> None:
     deadline = time.monotonic() + NODES_SECONDS
     while (found := len(list(grid.get_node_ids()))) != clients:
         if time.monotonic() > deadline:
-            raise RuntimeError(
+            raise RunError(
                 f"{found} SuperNodes are connected and clients={clients}; "
                 f"set options.num-supernodes={clients} in $FLWR_HOME/config.toml, or start that many SuperNodes."
             )
@@ -67,7 +68,7 @@ def train(
         status = "interrupted"
         raise
     except Exception as exception:
-        error = f"{type(exception).__name__}: {exception}"
+        error = told(exception)
         raise
     finally:
         summary = session.finish(status, error)

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from core import records
 from core.config import RunConfig
 from core.data import Split
+from core.errors import RunError
 from core.metrics import best_threshold, score, spread, weighted_means
 from core.records import Columns
 from core.seeding import rng
@@ -93,7 +94,7 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
     replies = list(grid.send_and_receive(messages, timeout=config.timeout_seconds))
     failed = [str(reply.error.reason) for reply in replies if reply.has_error()]
     if failed or len(replies) < len(messages):
-        raise RuntimeError(
+        raise RunError(
             f"{len(messages) - len(replies) + len(failed)} clients did not describe their data: {failed[:3]}"
         )
     rows = []
@@ -105,7 +106,7 @@ def describe(grid: ObservedGrid, config: RunConfig, task: Task) -> Description:
     rows.sort(key=lambda row: row[0])
     numbers = [client for client, *_ in rows]
     if len(set(numbers)) < len(numbers) or not all(0 <= client < config.clients for client in numbers):
-        raise RuntimeError(f"clients say that their numbers are {numbers[:5]}...; each must have one of its own from 0")
+        raise RunError(f"clients say that their numbers are {numbers[:5]}...; each must have one of its own from 0")
     order = {node: client for client, _, _, node in rows}
     described = [metrics for _, _, metrics, _ in rows]
     if grid.secure is not None:
@@ -214,7 +215,7 @@ class Evaluator:
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         if all(reply.has_error() for reply in replies):
             reason = str(replies[0].error.reason) if replies else "none answered in timeout-seconds"
-            raise RuntimeError(f"no client could evaluate round {server_round} on its {split} split: {reason}")
+            raise RunError(f"no client could evaluate round {server_round} on its {split} split: {reason}")
         return [reply.content for reply in replies if reply.has_content()]
 
 

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from core import records
 from core.config import RunConfig
+from core.errors import RunError
 from server.asking import ask
 from server.intake import refuse_odd, take_in
 from server.secure_grid import SecureGrid
@@ -139,7 +140,7 @@ class ObservedGrid(WrappedGrid):
         if self._offered is not None:
             self._listed += 1
             if self._listed > PATIENCE:
-                raise RuntimeError(
+                raise RunError(
                     f"the strategy waits for more clients than the {len(self._offered)} that this round offers; "
                     "let its min_available_nodes be 0, or set sampling.kind=uniform"
                 )
@@ -186,7 +187,7 @@ class ObservedGrid(WrappedGrid):
         """Raise `RuntimeError` where a private run asks a client twice at once: both answers would cost it one."""
         asked = {message.metadata.dst_node_id for message in training}
         if len(asked) < len(training) and self.config is not None and self.config.privacy.level != "none":
-            raise RuntimeError("the strategy asks a client twice at once, which no epsilon is known for")
+            raise RunError("the strategy asks a client twice at once, which no epsilon is known for")
 
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         replies = list(replies)

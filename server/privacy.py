@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 
 from core import records
 from core.config import RunConfig
-from core.errors import InputError
+from core.errors import InputError, RunError
 from core.server_side import ServerSide
 from privacy.accounting import EVERYBODY, Event, Ledger, accountant, epsilon, keep_spent, spent_by
 from privacy.client_level import ClientLevel
@@ -78,7 +78,7 @@ class Privacy:
         if self._own.level == "none":
             return {}
         if aggregated and self._sum is not None and self._sum.released != server_round:
-            raise RuntimeError(
+            raise RunError(
                 f"strategy '{self._config.strategy}' made the model of round {server_round} without its own "
                 "aggregate_train, before which clients' noisy sum is taken: no epsilon covers it"
             )

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from core import records
+from core.errors import RunError
 from core.records import to_arrays, to_numpy
 from privacy.accounting import Ledger
 from privacy.banded import BandedNoise
@@ -65,7 +66,7 @@ class PrivateSum:
             self._sent = {name: to_numpy(array) for name, array in sent.items()}
             messages = list(configure_train(server_round, arrays, config, grid))
             if odd := self._odd(messages, sent, offered):
-                raise RuntimeError(f"round {server_round}: the strategy {odd}, which no epsilon is known for")
+                raise RunError(f"round {server_round}: the strategy {odd}, which no epsilon is known for")
             return messages
 
         def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -103,7 +104,7 @@ class PrivateSum:
         """Return the round's one private answer. What it costs is in the ledger before."""
         covered = [client for answer in answers for client in _clients(answer)]
         if len(set(covered)) < len(covered):
-            raise RuntimeError(f"a client answered round {server_round} twice, and nothing is released")
+            raise RunError(f"a client answered round {server_round} twice, and nothing is released")
         self.released = server_round
         honest = self._sum(answers)
         total = self._with_canaries(server_round, honest)
@@ -163,7 +164,7 @@ class PrivateSum:
                 # A hostile client may not have clipped, nor weighed itself as it should.
                 weight *= min(1.0, most / max(length, 1e-300))
             elif not length <= most * (1 + TOLERANCE):
-                raise RuntimeError(
+                raise RunError(
                     f"the updates of {clients} clients add up to a norm of {length:g}, more than {clients} times the "
                     f"clipping norm {self.clipping_norm:g}: they were not clipped, and nothing is released"
                 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PACKAGES = ("fedra", "flwr", "ray", "torch", "numpy", "pandas", "scikit-learn", "flwr-datasets")
+LATEST = 3
 CLIENT_ROWS = "clients.jsonl"
 
 
@@ -78,7 +79,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Return an existing run's folder; `InputError` when it is not one."""
         if not (path / "config.toml").is_file():
-            raise InputError(f"{path} is not a run folder: it has no config.toml.")
+            raise InputError(f"{path} is not a run folder: it has no config.toml. {latest_runs()}".strip())
         return cls(path.absolute(), RunConfig.of(read_toml(path / "config.toml")))
 
     @classmethod
@@ -160,6 +161,13 @@ class RunFolder:
         with path.open("a", encoding="utf-8") as file:
             file.write(_line(row) + "\n")
             file.flush()
+
+
+def latest_runs(file: str = "") -> str:
+    """Return a sentence that names the latest runs (or this file of theirs) in runs/; empty where there are none."""
+    found = sorted(Path(RunConfig().out).glob("*/config.toml"), key=lambda path: path.parent.name)[-LATEST:]
+    named = ", ".join(str(path.parent / file) for path in reversed(found))
+    return f"The latest in {RunConfig().out}/: {named}. " if named else ""
 
 
 def _line(row: dict[str, Any]) -> str:

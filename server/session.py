@@ -16,6 +16,7 @@ from core import records
 from core.config import RunConfig
 from core.data import Split
 from core.devices import devices_of
+from core.errors import RunError
 from core.metrics import HIGHER_IS_BETTER
 from core.seeding import seed_globals
 from core.server_side import ServerSide
@@ -267,9 +268,9 @@ class Session:
         # That nobody was in reach, or only hostile clients were, is what faults and attacks may do, and not the end.
         if observed.sampled > observed.lost + observed.rejected and not observed.clients["client"]:
             reason = observed.failures[0]["reason"] if observed.failures else "none answered in timeout-seconds"
-            raise RuntimeError(f"all {observed.sampled} clients of round {number} failed; the first: {reason}")
+            raise RunError(f"all {observed.sampled} clients of round {number} failed; the first: {reason}")
         if set(arrays) != set(self.arrays):
-            raise RuntimeError(
+            raise RunError(
                 f"strategy '{self.config.strategy}' returned arrays {sorted(arrays)} in round {number}, "
                 f"but the model has {sorted(self.arrays)}"
             )

@@ -14,9 +14,10 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
-from core.errors import InputError
+from core.errors import InputError, told
 
 app = typer.Typer(
     help="Federated learning on one machine: a Flower server, many Ray-spawned clients, torch models, non-IID data.",
@@ -40,11 +41,12 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run folder.")] = None,
 ) -> None:
     """Train a federation: fedra run medical rounds=10 strategy=fedprox"""
-    from server.recorder import RunFolder
-    from simulations.progress import Progress
-    from simulations.run import preset as load_preset
-    from simulations.run import resume as resume_run
-    from simulations.run import simulate
+    with _loading():
+        from server.recorder import RunFolder
+        from simulations.progress import Progress
+        from simulations.run import preset as load_preset
+        from simulations.run import resume as resume_run
+        from simulations.run import simulate
 
     if resume is not None:
         if preset or settings or out:
@@ -102,7 +104,8 @@ def list_() -> None:
 @app.command()
 def compare(preset: Preset, settings: Settings = None, out: Out = "") -> None:
     """Compare strategies or any settings over seeds: fedra compare medical strategy=fedavg,fedprox seeds=3"""
-    from simulations.compare import compare as run_all
+    with _loading():
+        from simulations.compare import compare as run_all
 
     run_all(preset, _overrides(settings, out), console)
 
@@ -117,8 +120,9 @@ def tune(
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with this search.")] = None,
 ) -> None:
     """Search settings: fedra tune medical learning-rate=0.01..1 local-epochs=1..5 strategy=fedavg,fedprox"""
-    from simulations.tune import TRIALS, resume_tune
-    from simulations.tune import tune as search
+    with _loading():
+        from simulations.tune import TRIALS, resume_tune
+        from simulations.tune import tune as search
 
     if resume is not None:
         if preset or settings or metric or out:
@@ -208,7 +212,8 @@ def audit(
     only: Annotated[str, typer.Option(metavar="PARTS", help="Of canaries,membership,inversion, with commas.")] = "",
 ) -> None:
     """Attack a finished run: does its noise hold what epsilon claims, who was in it, what does an update show?"""
-    from simulations.audit import audit as attack
+    with _loading():
+        from simulations.audit import audit as attack
 
     parts = [part.strip() for part in only.split(",") if part.strip()]
     attack(_one(run), canaries=canaries, shadows=shadows, only=parts, console=console)
@@ -239,6 +244,11 @@ def flower(
     console.print(f"{found.folder.name}: {nodes} nodes in {where}", highlight=False)
     seconds = run_app(found, nodes, count, address, None if seed < 0 else seed)
     console.print(f"completed in {seconds:.1f} s", highlight=False)
+
+
+def _loading() -> Status:
+    """Return what shows on a terminal while torch and Flower are imported, which takes seconds on a busy machine."""
+    return console.status("loading")
 
 
 def _one(runs: list[Path]) -> Path:
@@ -296,6 +306,6 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FEDRA_TRACEBACK"):
             raise
-        errors.print(f"[red]Failed:[/red] {type(error).__name__}: {escape(str(error))}")
+        errors.print(f"[red]Failed:[/red] {escape(told(error))}")
         errors.print("Set FEDRA_TRACEBACK=1 to see where.")
         sys.exit(1)

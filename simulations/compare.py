@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from core.config import RunConfig, Scalar, parse_override
-from core.errors import InputError
+from core.config import RunConfig, Scalar, parse_override, written
+from core.errors import InputError, RunError, told
 from core.idle import refuse_idle, without_idle
 from reports.compare import write_comparison
 from reports.protection import compared
@@ -83,7 +83,7 @@ def compare(name: str, overrides: Mapping[str, Any], console: Console) -> Path:
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     if errors:
         runs = f"{len(errors)} of {plural(len(rows), 'run')}"
-        raise RuntimeError(f"{runs} failed and did not count; the first: {failures(rows)[0]}") from errors[0]
+        raise RunError(f"{runs} failed and did not count; the first: {failures(rows)[0]}") from errors[0]
     return page
 
 
@@ -103,7 +103,7 @@ def _variants(lists: Mapping[str, list[Scalar]], others: Mapping[str, Any]) -> d
         settings = {**others, **varied}
         if len(strategies) > 1:
             settings = {key: value for key, value in settings.items() if holds(key, str(varied["strategy"]))}
-        found[", ".join(_shown(value) for key, value in varied.items() if key in settings)] = settings
+        found[", ".join(written(value) for key, value in varied.items() if key in settings)] = settings
     return found
 
 
@@ -126,7 +126,7 @@ def _run(config: RunConfig, errors: list[Exception], console: Console) -> dict[s
         if folders and (folders[0] / "summary.json").is_file():
             return {"path": folders[0], "summary": Run.open(folders[0]).summary}
         # It failed before it had a folder (no worker could start, say), or could not write into it.
-        about = {"task": config.task, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        about = {"task": config.task, "status": "failed", "error": told(error)}
         return {"path": None, "summary": about}
 
 
@@ -142,10 +142,6 @@ def _lists(overrides: Mapping[str, Any]) -> tuple[dict[str, list[Scalar]], dict[
         else:
             others[key] = value
     return lists, others
-
-
-def _shown(value: Scalar) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
 def _print(title: str, rows: Sequence[Mapping[str, Any]], by: str, console: Console) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, cast
 from flwr.app import Error, RecordDict
 from flwr.common.constant import ErrorCode
 
-from core.errors import InputError
+from core.errors import InputError, RunError
 from core.records import array_bytes
 from simulations.worker import Job, Result, Worker
 
@@ -149,7 +149,7 @@ class RayPool:
             ray.get([actor.ready.remote() for actor in self._actors], timeout=START_SECONDS)
         except ray.exceptions.GetTimeoutError:
             self.close()
-            raise RuntimeError(
+            raise RunError(
                 f"{workers} workers did not start in {START_SECONDS:.0f} s on a cluster with "
                 f"{ray.cluster_resources().get('CPU', 0):.0f} CPUs and {ray.cluster_resources().get('GPU', 0):.0f} "
                 f"GPUs; each needs 1 CPU and {self._gpus:g} GPUs; lower engine.workers"
@@ -157,7 +157,7 @@ class RayPool:
         except ray.exceptions.RayActorError as error:
             # Said once and at once, instead of as the failure of every client of round 1.
             self.close()
-            raise RuntimeError(f"a worker cannot start: {_cause(error)}") from None
+            raise RunError(f"a worker cannot start: {_cause(error)}") from None
 
     def put(self, content: RecordDict) -> Any:
         # What is small travels faster with the job; inside a list Ray leaves a reference for the worker to fetch.

@@ -28,7 +28,7 @@ from privacy import rules
 from reports.words import plural
 from server.app import train
 from server.build import check
-from server.recorder import RunFolder
+from server.recorder import RunFolder, latest_runs
 from server.session import OnRound
 from simulations.baselines import train_baselines
 from simulations.cohort_size import Measured, measure
@@ -67,7 +67,7 @@ class Run:
         """Return the run in a folder."""
         path = Path(path)
         if not (path / "summary.json").is_file():
-            raise InputError(f"{path} is not a finished run: it has no summary.json.")
+            raise InputError(f"{path} is not a finished run: it has no summary.json. {latest_runs()}".strip())
         return cls(path, json.loads((path / "summary.json").read_text(encoding="utf-8")))
 
     def model(self) -> nn.Module:
@@ -92,6 +92,17 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None, **changes: Any
     preset's that the changes put out of action returns to its default.
     """
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if name.endswith(".py"):
+        module = Path(name).stem
+        raise InputError(
+            f"{name} is a Python file and no preset; name a strategy of it beside a preset, in the folder where it "
+            f"lies: fedra run smoke strategy={module}:CLASS"
+        )
+    if name.endswith(".toml") and not path.is_file():
+        raise InputError(
+            f"cannot read preset {name}: No such file. {latest_runs('config.toml')}Give another file, or one of the "
+            f"presets {', '.join(preset_names())}."
+        )
     if not name.endswith(".toml") and not path.is_file():
         raise unknown("preset", name, preset_names())
     wanted = {**(overrides or {}), **{dotted(key): value for key, value in changes.items()}}

@@ -30,9 +30,12 @@ def locate(name: str, data_dir: str, sources: Mapping[str, tuple[str, str]]) -> 
         if not folder.is_dir():
             needed = ", ".join(sources)
             raise InputError(f"data-dir={data_dir} is not a folder; data set '{name}' needs {needed} in it.")
-        for file in sources:
+        for file, (address, _) in sources.items():
             if not (folder / file).is_file():
-                raise InputError(f"data set '{name}' needs the file {file}, which is not in data-dir={data_dir}.")
+                raise InputError(
+                    f"data set '{name}' needs the file {file}, which is not in the folder {folder.absolute()} "
+                    f"(data-dir={data_dir}); get it from {address} , or leave data-dir out to have it downloaded."
+                )
         return folder
     folder = cache_folder(name)
     for file, (address, checksum) in sources.items():

@@ -68,9 +68,23 @@ def test_config_toml_is_a_preset_that_repeats_the_run(tmp_path: Path) -> None:
         (["run", "smoke", "strategy-options=3"], ["strategy-options=3", "write strategy-options.KEY=..."]),
         (["run", "smoke", "rounds"], ["'rounds' is not key=value"]),
         (["run", "smoke", "rounds=-1"], ["rounds=-1"]),
+        (["run", "smoke", "rounds=ten"], ["rounds='ten' is not valid: must be a whole number from 1. "]),
+        (["run", "smoke", "momentum=x"], ["momentum='x' is not valid: must be a number from 0 and below 1. "]),
+        (["run", "smoke", "partition.kind=x"], ["partition.kind='x' is not valid: must be 'natural', 'iid'"]),
+        (["run", "smoke", "sampled=1e9"], ["sampled=1e+09 is more than the 4 clients"]),
+        (["run", "smoke", "attack.strength=1e9"], ["attack.strength=1e+09 does nothing"]),
         (["run", "smoke", "strategy=fedporx"], ["unknown strategy 'fedporx'", "did you mean 'fedprox'"]),
         (["run", "smoke", "strategy=os:path"], ["not a subclass"]),
-        (["run", "smoke", "strategy=nowhere:Thing"], ["cannot be loaded", "No module named 'nowhere'"]),
+        (
+            ["run", "smoke", "strategy=nowhere:Thing"],
+            ["cannot be loaded", "No module named 'nowhere'", "in the folder where nowhere.py lies"],
+        ),
+        (
+            ["run", "smoke", "strategy=foreign_plugins:Unsaied"],
+            ["unknown strategy of foreign_plugins 'Unsaied'; did you mean 'Unsaid'? Choices: Ahead, Bare"],
+        ),
+        (["run", "lasso.py"], ["lasso.py is a Python file", "strategy=lasso:CLASS"]),
+        (["run", "heart", "data-dir=."], ["processed.cleveland.data, which is not in the folder /", "https://archive"]),
         (["run", "smoke", "strategy-options.mu=1"], ["unknown fedavg option"]),
         (["run", "smoke", "strategy=krum", "strategy-options.num-malicious-nodes=2"], ["needs 7 clients", "not 4"]),
         (["run", "smoke", "strategy=fedprox", "strategy-options.proximal-mu=x"], ["proximal-mu='x'", "default is 0.1"]),
@@ -139,6 +153,17 @@ def test_a_mistyped_one_of_many_choices_is_told_the_nearest_alone() -> None:
         RunConfig.of({"xyzzy": 1})
 
 
+def test_a_run_that_is_not_there_is_told_the_latest(tmp_path: Path) -> None:
+    for name in ("20260101T000000Z-a", "20260102T000000Z-b", "20260103T000000Z-c", "20260104T000000Z-d"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").touch()
+    latest = [f"runs/{name}" for name in ("20260104T000000Z-d", "20260103T000000Z-c", "20260102T000000Z-b")]
+    for arguments in (["run", "--resume", "nope"], ["audit", "nope"]):
+        assert f"The latest in runs/: {', '.join(latest)}." in _fedra(*arguments, cwd=tmp_path).stderr
+    files = ", ".join(f"{run}/config.toml" for run in latest)
+    assert f"The latest in runs/: {files}. " in _fedra("run", "nope.toml", cwd=tmp_path).stderr
+
+
 def test_help_imports_neither_torch_nor_ray_nor_flower() -> None:
     code = (
         "import sys, simulations.cli as cli\n"
@@ -160,6 +185,7 @@ def test_list_names_everything(tmp_path: Path) -> None:
 def test_a_failed_run_exits_1_keeps_its_folder_and_says_why(tmp_path: Path) -> None:
     failed = _fedra("run", "smoke", "learning-rate=1e30", cwd=tmp_path)
     assert failed.returncode == 1
+    assert failed.stderr.startswith("Failed: all 4 clients of round 1 failed; the first: client 0: ")
     assert "not finite" in failed.stderr
     [folder] = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())

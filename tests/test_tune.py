@@ -203,8 +203,8 @@ def test_what_is_searched_is_as_it_is_written(text: str, expected: Range | Choic
         (["smoke", "strategy=fedavg,"], ["strategy=fedavg, has an empty choice"]),
         (["smoke", "strategy=fedavg,fedx"], ["unknown strategy 'fedx'"]),
         (["smoke", "local-epochs=0..3"], ["local-epochs=0 is not valid"]),
-        (["smoke", "local-epochs=1.0..3.0"], ["local-epochs=1.764", "integer"]),
-        (["smoke", "momentum=0.5..1.0"], ["momentum=1.0", "less than 1"]),
+        (["smoke", "local-epochs=1.0..3.0"], ["local-epochs=1.764", "whole number"]),
+        (["smoke", "momentum=0.5..1.0"], ["momentum=1.0", "below 1"]),
         (
             ["smoke", "strategy=fedavg,scaffold", "momentum=0.5..0.9", "rounds=1..2"],
             ["momentum=0.5: scaffold's", "comes of searching strategy=fedavg,scaffold momentum=0.5..0.9; narrow that."],
