@@ -72,7 +72,7 @@ class SecureClients:
 
         Clients (C,) bool that are not `sound` have no answer here. `noise` is where distributed privacy draws.
         """
-        config, hashed = records.config_of(content), hash_of(content, self._config)
+        config, hashed = records.config_of(content), hash_of("train", content, self._config)
         number = int(config[records.SERVER_ROUND])
         tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
         if tensors.keys() != set(names):
@@ -106,7 +106,7 @@ class SecureClients:
         self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
     ) -> list[Reply]:
         """Return numbers of each client's as masked vectors, to be added up exactly."""
-        hashed = hash_of(content, self._config)
+        hashed = hash_of(records.QUERY_STATISTICS, content, self._config)
 
         def answer(own: Client, part: bytes, i: int) -> Message:
             return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)

@@ -240,7 +240,7 @@ class SecureGrid(WrappedGrid):
         server_round = records.server_round(content) or 0
         # Rounds of the protocol only go up, and the first of them comes before training.
         self._number = max(self._number, server_round) + 1
-        hashed, run_id = hash_of(content, self._config), self.inner.run.run_id
+        hashed, run_id = hash_of(message_type, content, self._config), self.inner.run.run_id
         for party in parties:
             try:
                 enough(len(party.nodes), self._own.min_cohort, "were drawn")

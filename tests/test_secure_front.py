@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -183,8 +183,25 @@ def test_the_hash_of_a_round_is_of_the_run_configuration_too_but_for_the_engine(
     smoke: Callable[..., RunConfig],
 ) -> None:
     content, config = RecordDict({records.CONFIG: ConfigRecord({"server-round": 1})}), smoke()
-    assert hash_of(content, config) == hash_of(content, config.with_(**{"engine.workers": 3}))
-    assert hash_of(content, config) != hash_of(content, config.with_(**{"learning-rate": 3.0}))
+    hashed = hash_of("train", content, config)
+    assert hashed == hash_of("train", content, config.with_(**{"engine.workers": 3}))
+    assert hashed != hash_of("train", content, config.with_(**{"learning-rate": 3.0}))
+
+
+def test_no_other_model_has_the_hash_of_a_rounds_model(smoke: Callable[..., RunConfig]) -> None:
+    config, told = smoke(), ConfigRecord({"server-round": 1})
+    own, other = ArrayRecord([np.ones((2, 3), np.float32)]), ArrayRecord([np.full((2, 3), 7, np.float32)])
+    [[name, array]] = own.items()
+    turned = ArrayRecord({name: Array(array.dtype, (3, 2), array.stype, array.data)})
+    swapped = ArrayRecord({name: Array(">f4", array.shape, array.stype, array.data)})
+    contents = [
+        RecordDict({records.ARRAYS: arrays, **beside, records.CONFIG: told})
+        # The model that all were told of in a record that nobody reads, and one made for a single client in its place.
+        for arrays, beside in [(own, {}), (other, {}), (other, {"beside": own}), (turned, {}), (swapped, {})]
+    ]
+    assert len({hash_of("train", content, config) for content in contents}) == 5
+    # Nor can one client be asked for statistics while the others of its sum train.
+    assert hash_of("train", contents[0], config) != hash_of(records.QUERY_STATISTICS, contents[0], config)
 
 
 def _ask(message_type: str, config: RunConfig, *, state: RecordDict | None = None, **node: Any) -> Message:

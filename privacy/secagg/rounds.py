@@ -53,17 +53,22 @@ def terms_of(config: RunConfig, run_id: int, number: int, content: bytes, length
     )  # fmt: skip
 
 
-def hash_of(content: RecordDict, config: RunConfig) -> bytes:
-    """Return the hash of what all clients of a round must have alike: arrays, config, and the run's configuration.
+def hash_of(message_type: str, content: RecordDict, config: RunConfig) -> bytes:
+    """Return the hash of what all clients of a round must have alike: what they are asked for, arrays, config, and the
+    run's configuration.
 
-    What only says how it is computed (`engine.*`) may differ.
+    What only says how it is computed (`engine.*`) may differ. An array is what its bytes, type and shape are in its own
+    record: under the hash of another a server could slip one client a model of its own making.
     """
-    arrays = {name: a.data for record in content.array_records.values() for name, a in record.items()}
+    arrays = {
+        json.dumps([kind, name, array.stype, array.dtype, array.shape]): array.data
+        for kind, record in content.array_records.items()
+        for name, array in record.items()
+    }
     # Validated once more: a default that was never written down may be 0 here and 0.0 there.
     run = {key: value for key, value in config.with_().flat().items() if not key.startswith("engine.")}
-    return content_hash(
-        arrays, json.dumps([records.config_of(content), run], sort_keys=True, default=bytes.hex).encode()
-    )
+    told = [message_type, records.config_of(content), run]
+    return content_hash(arrays, json.dumps(told, sort_keys=True, default=bytes.hex).encode())
 
 
 def payload_of(
