@@ -27,7 +27,7 @@ from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
 from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
 from privacy.secagg.quantise import Layout
-from privacy.secagg.rounds import hash_of, payload_of, run_name
+from privacy.secagg.rounds import hash_of, least_of, payload_of, run_name
 from strategies import ClientHalf, client_half
 
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
@@ -73,7 +73,9 @@ class SecureClients:
         Clients (C,) bool that are not `sound` have no answer here. `noise` is where distributed privacy draws.
         """
         config, hashed = records.config_of(content), hash_of("train", content, self._config)
-        number = int(config[records.SERVER_ROUND])
+        number, cohort = int(config[records.SERVER_ROUND]), int(config[records.COHORT])
+        # A server that names a large cohort and opens a small sum would have too little noise.
+        least = least_of(self._config, cohort)
         tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
         if tensors.keys() != set(names):
             raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
@@ -98,7 +100,7 @@ class SecureClients:
             vector = payload.encode(
                 layout.flatten({name: t[i] for name, t in away.items()}), sizes[i], weight, each, drawn
             )
-            return own.mask(messages.Delivery.from_bytes(part), vector, hashed)
+            return own.mask(messages.Delivery.from_bytes(part), vector, hashed, least=least, most=cohort)
 
         return self._each(content, contexts, answer, ~sound, told=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
+import server.secure_grid
 from client.app import app
 from core import records
 from core.config import RunConfig
 from privacy.secagg.client import State
-from privacy.secagg.rounds import hash_of
+from privacy.secagg.rounds import hash_of, payload_of, terms_of
 from server.app import train
 from server.recorder import RunFolder
 
@@ -244,3 +246,36 @@ def test_a_client_forgets_a_round_when_it_is_asked_for_something_else(smoke: Cal
     state = RecordDict({records.SECURE: ConfigRecord({"state": State(3, "mask", seed=b"secret" * 6).to_bytes()})})
     _ask(records.QUERY_STATISTICS, smoke(**SECURE), state=state)
     assert state[records.SECURE]["state"] == State(3).to_bytes()
+
+
+NOISY = {"privacy.level": "client", "privacy.noise": "distributed", "privacy.noise-multiplier": 0.5,
+         "privacy.delta": 1e-3, "privacy.preprocessing": "uncovered"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({"cohort": 50}, "a sum of 5 clients may be opened, and 45 are needed"),
+        ({"cohort": 4}, "5 clients take part, and their vectors are made for 4"),
+        ({"minimum": 3}, "a sum of 4 clients may be opened, and 5 are needed"),
+    ],
+    ids=str,
+)
+def test_a_server_cannot_have_less_noise_than_clients_share_out(
+    lie: dict[str, int], words: str, smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def payload(config: RunConfig, size: int, told: dict[str, Any], numbers: Any) -> Any:
+        found = payload_of(config, size, told, numbers)
+        told[records.COHORT] = lie.get("cohort", told[records.COHORT])
+        return found
+
+    def terms(*arguments: Any) -> Any:
+        found = terms_of(*arguments)
+        return replace(found, minimum=lie.get("minimum", found.minimum))
+
+    monkeypatch.setattr(server.secure_grid, "payload_of", payload)
+    monkeypatch.setattr(server.secure_grid, "terms_of", terms)
+    config = smoke(**SECURE, **NOISY, clients=CLIENTS, rounds=1)
+    folder = RunFolder.create(config)
+    with pytest.raises(RuntimeError, match=words):
+        train(Here(config, lambda reply: [reply], {}), config, folder)

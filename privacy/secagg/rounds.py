@@ -48,7 +48,7 @@ def terms_of(config: RunConfig, run_id: int, number: int, content: bytes, length
     """Return what the clients of a sum agree on."""
     plan, own = plan_of(config, clients), config.secure_aggregation
     return Terms(
-        run_name(run_id), number, content, length, own.bits, plan.profile, own.min_cohort, plan.neighbours,
+        run_name(run_id), number, content, length, own.bits, plan.profile, least_of(config, clients), plan.neighbours,
         plan.threshold,
     )  # fmt: skip
 
@@ -83,11 +83,20 @@ def payload_of(
         int(told[records.LARGEST_WEIGHT]),
         told.get(records.CLIPPING_NORM),
     )
-    if config.privacy.level == "client" and config.privacy.noise == "distributed":
+    if _noisy(config):
         number = int(told[records.SERVER_ROUND])
         least = survivors_of(config, cohort), honest_of(config, cohort)
         return NoisyPayload(config, size, cohort, *least, number, float(norm or 0.0))
     return Payload(config, size, cohort, largest, None if norm is None else float(norm), numbers(config, largest))
+
+
+def least_of(config: RunConfig, cohort: int) -> int:
+    """Return of how many of a cohort's clients a sum must be for anybody to see it: with noise in it, noise enough."""
+    return survivors_of(config, cohort) if _noisy(config) else config.secure_aggregation.min_cohort
+
+
+def _noisy(config: RunConfig) -> bool:
+    return config.privacy.level == "client" and config.privacy.noise == "distributed"
 
 
 def survivors_of(config: RunConfig, cohort: int) -> int:
