@@ -33,6 +33,8 @@ from strategies import ClientHalf, client_half
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
 IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
 STATE = "state"
+# Of a client with an identity: that it has described its data in this run.
+DESCRIBED = "secure-described"
 _STAGES: dict[str, tuple[str, type[Message]]] = {
     records.QUERY_ADVERTISE: ("advertise", messages.Terms),
     records.QUERY_SHARE: ("share", messages.Participants),
@@ -107,11 +109,22 @@ class SecureClients:
     def masked_statistics(
         self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
     ) -> list[Reply]:
-        """Return numbers of each client's as masked vectors, to be added up exactly."""
+        """Return numbers of each client's as masked vectors, to be added up exactly.
+
+        They are the same whenever it is asked: a second sum, of others, could show it alone. A client with an identity
+        says them once a run; on one machine a run that is resumed asks again.
+        """
         hashed = hash_of(records.QUERY_STATISTICS, content, self._config)
 
         def answer(own: Client, part: bytes, i: int) -> Message:
-            return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
+            state, once = contexts[i].state, IDENTITY in contexts[i].node_config
+            if once and DESCRIBED in state:
+                own.forget()
+                raise RefusedError("it has described its data in this run, and does not in another sum")
+            masked = own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
+            if once:
+                state[DESCRIBED] = ConfigRecord({})
+            return masked
 
         return self._each(content, contexts, answer, np.zeros(len(contexts), dtype=bool))
 
@@ -197,16 +210,28 @@ def _opened(items: tuple[tuple[str, Any], ...]) -> SecureClients | None:
 def refuse_in_clear(message_type: str, content: RecordDict, contexts: Sequence[Context]) -> None:
     """Raise `RefusedError` for a message to which an honest answer would show what only a sum may.
 
-    That a run has secure aggregation is for the server to say, but not against a client's operator, who has given it an
-    identity for it.
+    What a run is like is for the server to say, but not against a client's operator, who has given it an identity for
+    sums in which everybody's update is, and noise that nobody knows.
     """
-    if contexts[0].run_config.get("secure-aggregation.profile", "none") == "none":
-        if any(IDENTITY in context.node_config for context in contexts):
+    config = contexts[0].run_config
+    identified = any(IDENTITY in context.node_config for context in contexts)
+    if config.get("secure-aggregation.profile", "none") == "none":
+        if identified:
             raise RefusedError(
                 f"this run has secure-aggregation.profile=none, and a client with {IDENTITY} takes part in secure "
                 "sums alone; set malicious, or start its node without it"
             )
         return
+    if identified and (kind := config.get("attack.kind", "none")) != "none":
+        raise RefusedError(
+            f"this run has attack.kind={kind}, and where others do not send what they have learnt a sum may be of one "
+            f"client; set none, or start its node without {IDENTITY}"
+        )
+    if identified and config.get("privacy.level", "none") != "none" and int(config.get("privacy.noise-seed", -1)) >= 0:
+        raise RefusedError(
+            f"this run has privacy.noise-seed={config['privacy.noise-seed']}, and noise of a seed hides nothing from "
+            f"who knows it; set -1, or start its node without {IDENTITY}"
+        )
     if message_type == "train" and records.SECURE not in content:
         raise RefusedError("under secure aggregation nobody trains for an answer that is not masked")
     if message_type == "evaluate" and records.config_of(content).get(records.SPLIT) == "train":
