@@ -191,8 +191,8 @@ class SecureClients:
             roster = identities.simulated_roster(self._config.seed, self._config.clients)
             profile, minimum = MALICIOUS if own.profile == MALICIOUS else SEMI_HONEST, own.min_cohort
         return Client(
-            client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state,
-            derived=derived,
+            client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, bits=own.bits,
+            state=state, derived=derived,
         )  # fmt: skip
 
 

@@ -311,6 +311,7 @@ def test_a_client_forgets_a_round_when_it_is_asked_for_something_else(smoke: Cal
     [
         ({"cohort": 50}, "a sum of 5 clients may be opened, and 45 are needed"),
         ({"cohort": 4}, "5 clients take part, and their vectors are made for 4"),
+        ({"bits": 32}, "a ring of 32 bits is not the run's of 24"),
         ({"minimum": 3}, "a sum of 4 clients may be opened, and 5 are needed"),
     ],
     ids=str,
@@ -325,11 +326,11 @@ def test_a_server_cannot_have_less_noise_than_clients_share_out(
 
     def terms(*arguments: Any) -> Any:
         found = terms_of(*arguments)
-        return replace(found, minimum=lie.get("minimum", found.minimum))
+        return replace(found, minimum=lie.get("minimum", found.minimum), bits=lie.get("bits", found.bits))
 
     monkeypatch.setattr(server.secure_grid, "payload_of", payload)
     monkeypatch.setattr(server.secure_grid, "terms_of", terms)
-    config = smoke(**SECURE, **NOISY, clients=CLIENTS, rounds=1)
+    config = smoke(**SECURE, **NOISY, clients=CLIENTS, rounds=1, **{"secure-aggregation.bits": 24})
     folder = RunFolder.create(config)
     with pytest.raises(RuntimeError, match=words):
         train(Here(config, lambda reply: [reply], {}), config, folder)

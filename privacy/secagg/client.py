@@ -55,17 +55,18 @@ class State(Message):
 class Client:
     """One client of a run. `state` after each answer is what to make the next one from.
 
-    It accepts no weaker profile and no smaller cohort than its own, and nobody who is not on its roster.
+    It accepts no weaker profile and no smaller cohort than its own, no ring but that of `bits` (0: any), and nobody who
+    is not on its roster.
     """
 
     def __init__(
         self, client: int, run: str, identity: Identity, roster: Roster, *, profile: str = MALICIOUS,
-        minimum: int = MINIMUM, state: State | None = None, entropy: Entropy = os.urandom,
+        minimum: int = MINIMUM, bits: int = 0, state: State | None = None, entropy: Entropy = os.urandom,
         derived: Derived | None = None,
     ) -> None:  # fmt: skip
         self.client, self.run, self.state = client, run, state or State()
         self._identity, self._roster, self._entropy = identity, roster, entropy
-        self._profile, self._minimum, self._derived = profile, minimum, derived
+        self._profile, self._minimum, self._bits, self._derived = profile, minimum, bits, derived
 
     def advertise(self, terms: Terms) -> messages.Advertisement:
         """Return this round's public keys. What is left of an earlier round is forgotten.
@@ -73,7 +74,7 @@ class Client:
         Raises `OutOfTurnError` for a round that is not later than the last one, `RefusedError` for terms that are not
         the client's own; neither touches the state.
         """
-        checks.acceptable(terms, self.run, self.state.round, self._profile, self._minimum)
+        checks.acceptable(terms, self.run, self.state.round, self._profile, self._minimum, self._bits)
         channel, mask = KeyPair.generate(self._entropy), KeyPair.generate(self._entropy)
         signed = messages.Advertisement.signed_part(terms.hash, self.client, channel.public, mask.public)
         self.state = State(terms.round, messages.SHARE, terms.to_bytes(), channel.secret, mask.secret)
