@@ -11,10 +11,11 @@ from flwr.clientapp import ClientApp
 
 from client.evaluate import evaluate, statistics
 from client.replies import Reply, merged, refused
-from client.secure import SecureClients, open_secure, refuse_in_clear
+from client.secure import IDENTITY, SecureClients, open_secure, refuse_in_clear
 from client.train import train
 from core import records
 from core.records import client_of
+from privacy.secagg.errors import SecAggError
 
 
 class CohortApp(ClientApp):
@@ -49,7 +50,11 @@ class CohortApp(ClientApp):
                 alone = [self._answer(message_type, content, [context]) for context in contexts]
                 return [([i], answer) for i, replies in enumerate(alone) for _, answer in replies]
             logging.getLogger("fedra").warning("client %s failed: %s", client_of(contexts[0]), error)
-            return [([0], refused(f"client {client_of(contexts[0])}: {type(error).__name__}: {error}"))]
+            said = f": {error}"
+            if IDENTITY in contexts[0].node_config and not isinstance(error, SecAggError):
+                # What is wrong with a table may be told with a cell of it.
+                said = "; its own log says more"
+            return [([0], refused(f"client {client_of(contexts[0])}: {type(error).__name__}{said}"))]
 
 
 def _secure(message_type: str) -> Callable[[RecordDict, Sequence[Context]], list[Reply]]:

@@ -27,12 +27,14 @@ from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
 from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
 from privacy.secagg.quantise import Layout
-from privacy.secagg.rounds import hash_of, payload_of, run_name
+from privacy.secagg.rounds import hash_of, least_of, payload_of, run_name
 from strategies import ClientHalf, client_half
 
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
 IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
 STATE = "state"
+# Of a client with an identity: that it has described its data in this run.
+DESCRIBED = "secure-described"
 _STAGES: dict[str, tuple[str, type[Message]]] = {
     records.QUERY_ADVERTISE: ("advertise", messages.Terms),
     records.QUERY_SHARE: ("share", messages.Participants),
@@ -72,8 +74,10 @@ class SecureClients:
 
         Clients (C,) bool that are not `sound` have no answer here. `noise` is where distributed privacy draws.
         """
-        config, hashed = records.config_of(content), hash_of(content, self._config)
-        number = int(config[records.SERVER_ROUND])
+        config, hashed = records.config_of(content), hash_of("train", content, self._config)
+        number, cohort = int(config[records.SERVER_ROUND]), int(config[records.COHORT])
+        # A server that names a large cohort and opens a small sum would have too little noise.
+        least = least_of(self._config, cohort)
         tensors: dict[str, Any] = {**update.params, **bundle.beside(update.beside)}
         if tensors.keys() != set(names):
             raise ValueError(f"the update holds {sorted(tensors.keys() ^ set(names))[:3]}, of which nobody was told")
@@ -98,18 +102,29 @@ class SecureClients:
             vector = payload.encode(
                 layout.flatten({name: t[i] for name, t in away.items()}), sizes[i], weight, each, drawn
             )
-            return own.mask(messages.Delivery.from_bytes(part), vector, hashed)
+            return own.mask(messages.Delivery.from_bytes(part), vector, hashed, least=least, most=cohort)
 
         return self._each(content, contexts, answer, ~sound, told=False)
 
     def masked_statistics(
         self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
     ) -> list[Reply]:
-        """Return numbers of each client's as masked vectors, to be added up exactly."""
-        hashed = hash_of(content, self._config)
+        """Return numbers of each client's as masked vectors, to be added up exactly.
+
+        They are the same whenever it is asked: a second sum, of others, could show it alone. A client with an identity
+        says them once a run; on one machine a run that is resumed asks again.
+        """
+        hashed = hash_of(records.QUERY_STATISTICS, content, self._config)
 
         def answer(own: Client, part: bytes, i: int) -> Message:
-            return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
+            state, once = contexts[i].state, IDENTITY in contexts[i].node_config
+            if once and DESCRIBED in state:
+                own.forget()
+                raise RefusedError("it has described its data in this run, and does not in another sum")
+            masked = own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
+            if once:
+                state[DESCRIBED] = ConfigRecord({})
+            return masked
 
         return self._each(content, contexts, answer, np.zeros(len(contexts), dtype=bool))
 
@@ -176,8 +191,8 @@ class SecureClients:
             roster = identities.simulated_roster(self._config.seed, self._config.clients)
             profile, minimum = MALICIOUS if own.profile == MALICIOUS else SEMI_HONEST, own.min_cohort
         return Client(
-            client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, state=state,
-            derived=derived,
+            client, run_name(context.run_id), identity, roster, profile=profile, minimum=minimum, bits=own.bits,
+            state=state, derived=derived,
         )  # fmt: skip
 
 
@@ -195,16 +210,28 @@ def _opened(items: tuple[tuple[str, Any], ...]) -> SecureClients | None:
 def refuse_in_clear(message_type: str, content: RecordDict, contexts: Sequence[Context]) -> None:
     """Raise `RefusedError` for a message to which an honest answer would show what only a sum may.
 
-    That a run has secure aggregation is for the server to say, but not against a client's operator, who has given it an
-    identity for it.
+    What a run is like is for the server to say, but not against a client's operator, who has given it an identity for
+    sums in which everybody's update is, and noise that nobody knows.
     """
-    if contexts[0].run_config.get("secure-aggregation.profile", "none") == "none":
-        if any(IDENTITY in context.node_config for context in contexts):
+    config = contexts[0].run_config
+    identified = any(IDENTITY in context.node_config for context in contexts)
+    if config.get("secure-aggregation.profile", "none") == "none":
+        if identified:
             raise RefusedError(
                 f"this run has secure-aggregation.profile=none, and a client with {IDENTITY} takes part in secure "
                 "sums alone; set malicious, or start its node without it"
             )
         return
+    if identified and (kind := config.get("attack.kind", "none")) != "none":
+        raise RefusedError(
+            f"this run has attack.kind={kind}, and where others do not send what they have learnt a sum may be of one "
+            f"client; set none, or start its node without {IDENTITY}"
+        )
+    if identified and config.get("privacy.level", "none") != "none" and int(config.get("privacy.noise-seed", -1)) >= 0:
+        raise RefusedError(
+            f"this run has privacy.noise-seed={config['privacy.noise-seed']}, and noise of a seed hides nothing from "
+            f"who knows it; set -1, or start its node without {IDENTITY}"
+        )
     if message_type == "train" and records.SECURE not in content:
         raise RefusedError("under secure aggregation nobody trains for an answer that is not masked")
     if message_type == "evaluate" and records.config_of(content).get(records.SPLIT) == "train":

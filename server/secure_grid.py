@@ -26,11 +26,12 @@ from core.records import to_arrays, to_numpy
 from core.seeding import rng
 from privacy.secagg import exact, identities
 from privacy.secagg.checks import enough
+from privacy.secagg.distributed import NoisyPayload
 from privacy.secagg.errors import SecAggError
 from privacy.secagg.exposure import Exposure
 from privacy.secagg.graph import malicious_threshold
 from privacy.secagg.keys import Roster
-from privacy.secagg.payload import Sum
+from privacy.secagg.payload import Payload, Sum
 from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
@@ -124,7 +125,7 @@ class SecureGrid(WrappedGrid):
 
     def summary(self, model: nn.Module) -> dict[str, Any]:
         """Return what `summary.json` holds of the run's sums."""
-        plan = plan_of(self._config, -(-self._config.count(self._config.sampled) // self._own.groups))
+        plan = plan_of(self._config, self._planned)
         return {
             "protocol": "secagg+" if plan.neighbours else "secagg",
             "profile": plan.profile,
@@ -168,13 +169,14 @@ class SecureGrid(WrappedGrid):
         config[records.LARGEST_WEIGHT] = self.largest_weight
         origin = {name: to_numpy(array) for name, array in arrays.items()}
         layout = Layout.of({name: origin[name.rpartition("/")[2]] for name in self.sends})
-        payload = payload_of(self._config, layout.size, config, self._numbers)
-        sent = RecordDict({records.ARRAYS: arrays, records.CONFIG: ConfigRecord(config)})
-        self._run_round(parties, "train", sent, payload.length, timeout)
+        payload = self._payload(parties, layout.size, config)
+        if payload is not None:
+            sent = RecordDict({records.ARRAYS: arrays, records.CONFIG: ConfigRecord(config)})
+            self._run_round(parties, "train", sent, payload.length, timeout)
         replies, sums = [], []
         for party in parties:
             try:
-                if party.total is not None:
+                if payload is not None and party.total is not None:
                     found = payload.decode(party.total, len(party.counted))
                     sums.append((party.counted, found))
                     first = by_client[party.counted[0]]
@@ -188,6 +190,27 @@ class SecureGrid(WrappedGrid):
             ]
         self._observe(number, parties, sums)
         return replies
+
+    def _payload(self, parties: Sequence[Party], size: int, config: Mapping[str, Any]) -> Payload | NoisyPayload | None:
+        """Return how a round's vectors are made; None, and the parties say why, where too few or too many were drawn.
+
+        Raises `InputError` where there would be no sum of as many as planned either.
+        """
+        cohort = config[records.COHORT]
+        try:
+            enough(cohort, self._own.min_cohort, "were drawn")
+            return payload_of(self._config, size, config, self._numbers)
+        except (SecAggError, InputError) as error:
+            if isinstance(error, InputError) and cohort <= self._planned:
+                raise
+            for party in parties:
+                party.error = f"{type(error).__name__}: {error}"
+            return None
+
+    @property
+    def _planned(self) -> int:
+        """Return how many clients a sum has as planned."""
+        return -(-self._config.count(self._config.sampled) // self._own.groups)
 
     def _number_of(self, node: int) -> int:
         client: int = self.inner.client_of(node) if self._engine else self._client_of[node]  # type: ignore[attr-defined]
@@ -240,7 +263,7 @@ class SecureGrid(WrappedGrid):
         server_round = records.server_round(content) or 0
         # Rounds of the protocol only go up, and the first of them comes before training.
         self._number = max(self._number, server_round) + 1
-        hashed, run_id = hash_of(content, self._config), self.inner.run.run_id
+        hashed, run_id = hash_of(message_type, content, self._config), self.inner.run.run_id
         for party in parties:
             try:
                 enough(len(party.nodes), self._own.min_cohort, "were drawn")

@@ -394,7 +394,7 @@ class KnownClient(ClientApp):
         known = Context(context.run_id, context.node_id, given, context.state, context.run_config)
         changed = {
             "run_name": lambda run_id: case["terms"]["run"],
-            "hash_of": lambda content, config: bytes.fromhex(case["terms"]["content"]),
+            "hash_of": lambda message_type, content, config: bytes.fromhex(case["terms"]["content"]),
             "Client": functools.partial(Client, entropy=lambda size: left.pop(0) if left else os.urandom(size)),
         }
         before = {name: getattr(client.secure, name) for name in changed}

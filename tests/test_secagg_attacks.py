@@ -535,3 +535,16 @@ def test_a_kept_state_that_cannot_be_read_is_an_error() -> None:
     party.until(SHARE)
     with pytest.raises(MalformedError):
         State.from_bytes(party.states[party.ids[0]][:-3])
+
+
+@pytest.mark.parametrize("bounds", [{"most": 4}, {"least": 5}], ids=str)
+def test_a_vector_made_for_another_number_of_clients_is_not_masked(bounds: dict[str, int]) -> None:
+    # Of five who take part four may be left: noise made for the sum of five would not be enough.
+    party = Party(5)
+    [first, second, *_] = party.ids
+    delivery = party.until(MASK)
+    own = party.client(first)
+    with pytest.raises(InconsistentError if "most" in bounds else RefusedError, match="clients"):
+        own.mask(delivery[first], party.vectors[first].copy(), CONTENT, **bounds)
+    assert own.state == State(1)
+    party.client(second).mask(delivery[second], party.vectors[second].copy(), CONTENT, least=4, most=5)

@@ -5,28 +5,36 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
-from client.app import app
+import server.secure_grid
+from client.app import HANDLERS, app
+from client.evaluate import _summed
+from client.setting import open_setting
 from core import records
 from core.config import RunConfig
+from privacy.secagg import identities
 from privacy.secagg.client import State
-from privacy.secagg.rounds import hash_of
+from privacy.secagg.rounds import hash_of, payload_of, terms_of
 from server.app import train
 from server.recorder import RunFolder
+from server.secure_grid import SecureGrid
 
 CLIENTS, ODD = 5, 2
 SECURE = {"secure-aggregation.profile": "malicious", "secure-aggregation.stage-seconds": 0.5, "timeout-seconds": 5.0}
+NOISY = {"privacy.level": "client", "privacy.noise": "distributed", "privacy.noise-multiplier": 0.5,
+         "privacy.delta": 1e-3, "privacy.preprocessing": "uncovered"}  # fmt: skip
 Change = Callable[[Message], list[Message]]
 
 
@@ -183,8 +191,25 @@ def test_the_hash_of_a_round_is_of_the_run_configuration_too_but_for_the_engine(
     smoke: Callable[..., RunConfig],
 ) -> None:
     content, config = RecordDict({records.CONFIG: ConfigRecord({"server-round": 1})}), smoke()
-    assert hash_of(content, config) == hash_of(content, config.with_(**{"engine.workers": 3}))
-    assert hash_of(content, config) != hash_of(content, config.with_(**{"learning-rate": 3.0}))
+    hashed = hash_of("train", content, config)
+    assert hashed == hash_of("train", content, config.with_(**{"engine.workers": 3}))
+    assert hashed != hash_of("train", content, config.with_(**{"learning-rate": 3.0}))
+
+
+def test_no_other_model_has_the_hash_of_a_rounds_model(smoke: Callable[..., RunConfig]) -> None:
+    config, told = smoke(), ConfigRecord({"server-round": 1})
+    own, other = ArrayRecord([np.ones((2, 3), np.float32)]), ArrayRecord([np.full((2, 3), 7, np.float32)])
+    [[name, array]] = own.items()
+    turned = ArrayRecord({name: Array(array.dtype, (3, 2), array.stype, array.data)})
+    swapped = ArrayRecord({name: Array(">f4", array.shape, array.stype, array.data)})
+    contents = [
+        RecordDict({records.ARRAYS: arrays, **beside, records.CONFIG: told})
+        # The model that all were told of in a record that nobody reads, and one made for a single client in its place.
+        for arrays, beside in [(own, {}), (other, {}), (other, {"beside": own}), (turned, {}), (swapped, {})]
+    ]
+    assert len({hash_of("train", content, config) for content in contents}) == 5
+    # Nor can one client be asked for statistics while the others of its sum train.
+    assert hash_of("train", contents[0], config) != hash_of(records.QUERY_STATISTICS, contents[0], config)
 
 
 def _ask(message_type: str, config: RunConfig, *, state: RecordDict | None = None, **node: Any) -> Message:
@@ -212,6 +237,58 @@ def test_a_client_refuses_what_would_show_it_in_clear(smoke: Callable[..., RunCo
     assert dict(_ask(records.QUERY_STATISTICS, plain).content[records.METRICS])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attack.kind": "zero", "attack.fraction": 0.5}, "attack.kind=zero, and where others do not send"),
+        ({"privacy.noise-seed": 3, **NOISY}, "privacy.noise-seed=3, and noise of a seed hides nothing"),
+    ],
+    ids=["attack", "seed"],
+)
+def test_a_client_with_an_identity_refuses_what_would_leave_it_alone_in_a_sum(
+    settings: dict[str, Any], words: str, smoke: Callable[..., RunConfig]
+) -> None:
+    config = smoke(**SECURE, **settings)
+    for message_type in ("train", records.QUERY_STATISTICS, *records.SECURE_STAGES):
+        reason = str(_ask(message_type, config, **{"secure-identity": "KEY"}).error.reason)
+        assert reason.startswith("client 0: RefusedError: ")
+        assert words in reason
+    assert _ask(records.QUERY_STATISTICS, config).has_content()
+
+
+def test_a_client_with_an_identity_describes_its_data_in_one_sum_of_a_run(
+    smoke: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    roster = identities.create(tmp_path / "keys", CLIENTS)
+    config = smoke(**SECURE, clients=CLIENTS, **{"secure-aggregation.roster": str(roster)})
+    here = Here(config, lambda reply: [reply], {})
+    for i, context in enumerate(here.nodes.values()):
+        key = roster.with_name(f"client-{i}.key")
+        context.node_config |= {"secure-identity": str(key), "secure-roster": str(roster)}
+    setting = open_setting([here.nodes[100]])
+    each = np.array([_summed(setting, client) for client in range(CLIENTS)])
+    grid, content = SecureGrid(here, config), RecordDict({records.CONFIG: ConfigRecord({})})
+    grid.order_by({100 + i: i for i in range(CLIENTS)})
+    nodes = {i: 100 + i for i in range(CLIENTS)}
+    assert grid.add_up(content, nodes, each.shape[1], 5.0) == pytest.approx(each.sum(0))
+    # Without the last client the difference would be all that it has said.
+    with pytest.raises(RuntimeError, match="RefusedError: it has described its data in this run"):
+        grid.add_up(content, {i: 100 + i for i in range(CLIENTS - 1)}, each.shape[1], 5.0)
+
+
+def test_an_identified_clients_error_holds_none_of_its_data(
+    smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(content: RecordDict, contexts: Any) -> Any:
+        return float("Smith")
+
+    monkeypatch.setitem(HANDLERS, records.QUERY_STATISTICS, unreadable)
+    config = smoke(**SECURE)
+    assert "Smith" in str(_ask(records.QUERY_STATISTICS, config).error.reason)
+    reason = str(_ask(records.QUERY_STATISTICS, config, **{"secure-identity": "KEY"}).error.reason)
+    assert reason == "client 0: ValueError; its own log says more"
+
+
 def test_a_client_with_a_roster_in_the_run_and_no_key_refuses(smoke: Callable[..., RunConfig]) -> None:
     reason = str(_advertise(smoke(**SECURE, **{"secure-aggregation.roster": "roster.json"})).error.reason)
     assert "RefusedError: this run has a roster, and client 0 was given no key of its own" in reason
@@ -227,3 +304,33 @@ def test_a_client_forgets_a_round_when_it_is_asked_for_something_else(smoke: Cal
     state = RecordDict({records.SECURE: ConfigRecord({"state": State(3, "mask", seed=b"secret" * 6).to_bytes()})})
     _ask(records.QUERY_STATISTICS, smoke(**SECURE), state=state)
     assert state[records.SECURE]["state"] == State(3).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({"cohort": 50}, "a sum of 5 clients may be opened, and 45 are needed"),
+        ({"cohort": 4}, "5 clients take part, and their vectors are made for 4"),
+        ({"bits": 32}, "a ring of 32 bits is not the run's of 24"),
+        ({"minimum": 3}, "a sum of 4 clients may be opened, and 5 are needed"),
+    ],
+    ids=str,
+)
+def test_a_server_cannot_have_less_noise_than_clients_share_out(
+    lie: dict[str, int], words: str, smoke: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def payload(config: RunConfig, size: int, told: dict[str, Any], numbers: Any) -> Any:
+        found = payload_of(config, size, told, numbers)
+        told[records.COHORT] = lie.get("cohort", told[records.COHORT])
+        return found
+
+    def terms(*arguments: Any) -> Any:
+        found = terms_of(*arguments)
+        return replace(found, minimum=lie.get("minimum", found.minimum), bits=lie.get("bits", found.bits))
+
+    monkeypatch.setattr(server.secure_grid, "payload_of", payload)
+    monkeypatch.setattr(server.secure_grid, "terms_of", terms)
+    config = smoke(**SECURE, **NOISY, clients=CLIENTS, rounds=1, **{"secure-aggregation.bits": 24})
+    folder = RunFolder.create(config)
+    with pytest.raises(RuntimeError, match=words):
+        train(Here(config, lambda reply: [reply], {}), config, folder)

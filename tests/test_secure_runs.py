@@ -156,6 +156,17 @@ def test_a_round_of_which_too_few_are_left_is_nobodys_and_the_run_goes_on(smoke:
     assert reason.startswith("TooFewError: ")
 
 
+def test_a_draw_of_too_few_for_noise_in_the_sum_is_a_round_without_one(smoke: Smoke) -> None:
+    changes = {**PRIVATE, "privacy__noise": "distributed", "clients": 10, "partition__min_examples": 5, "rounds": 12}
+    run = simulate(smoke(**HERE, **SECURE, **changes, sampled=4, sampling__kind="poisson"))
+    assert (run.summary["status"], run.summary["rounds"]) == ("completed", 12)
+    failed = [reason for row in _rounds(run) for reason in row["secure_aggregation"]["failed"]]
+    assert failed
+    assert {reason.partition(": ")[2] for reason in failed} <= {
+        f"{drawn} clients were drawn, and 3 are needed" for drawn in (1, 2)
+    }
+
+
 def test_nobody_is_told_what_one_client_has(smoke: Smoke) -> None:
     run = simulate(smoke(**HERE, **SECURE, rounds=2))
     table = pd.read_parquet(run.path / "clients.parquet")

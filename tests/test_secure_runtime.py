@@ -319,7 +319,8 @@ def _assert_known(found: dict[str, Any], case: dict[str, Any]) -> None:
 def test_processes_of_their_own_give_the_known_bytes(deployment: Deployment) -> None:
     case = _case("malicious")
     roster = _given(case, deployment.folder / "known")
-    deployment.submit({**MALICIOUS, "secure-aggregation.roster": roster}, "known")
+    bits = case["terms"]["bits"]
+    deployment.submit({**MALICIOUS, "secure-aggregation.roster": roster, "secure-aggregation.bits": bits}, "known")
     found = Path(roster).parent / "found.json"
     deployment.until(found.exists, "the sum")
     deployment.until(lambda: found.read_text().endswith("}"), "all of it")
@@ -334,6 +335,7 @@ def test_the_engines_workers_give_the_known_bytes(
     case = _case(name)
     roster = _given(case, tmp_path / "known")
     settings = f'secure-aggregation.profile="malicious" secure-aggregation.roster="{roster}" partition.kind="iid"'
+    settings += f" secure-aggregation.bits={case['terms']['bits']}"
     done = subprocess.run(
         [
             BIN / "fedra", "flower", deployment._app("known"), "--nodes", str(len(case["clients"])),

@@ -12,8 +12,12 @@ from privacy.secagg.keys import Roster, signed
 from privacy.secagg.messages import Advertisement, Confirmation, Participants, Terms, UnmaskRequest
 
 
-def acceptable(terms: Terms, run: str, last_round: int, profile: str, minimum: int) -> None:
-    """Raise `OutOfTurnError` for a round that has been, `RefusedError` for terms weaker than the client's own."""
+def acceptable(terms: Terms, run: str, last_round: int, profile: str, minimum: int, bits: int) -> None:
+    """Raise `OutOfTurnError` for a round that has been, `RefusedError` for terms weaker than the client's own.
+
+    A wider ring than that of `bits` (0: any), in which its noise wraps, would show how often the sum has wrapped: how
+    many of the numbers in it were negative.
+    """
     problem = terms.problem
     if terms.run != run:
         problem = f"they are of run '{terms.run}', not '{run}'"
@@ -23,6 +27,8 @@ def acceptable(terms: Terms, run: str, last_round: int, profile: str, minimum: i
         problem = f"the profile {terms.profile} is weaker than {profile}"
     elif terms.minimum < minimum:
         problem = f"a cohort of {terms.minimum} is smaller than {minimum}"
+    elif bits and terms.bits != bits:
+        problem = f"a ring of {terms.bits} bits is not the run's of {bits}"
     if problem:
         raise RefusedError(f"a client does not accept the terms: {problem}")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from privacy.secagg import checks, messages
 from privacy.secagg.channel import seal, unseal
-from privacy.secagg.errors import ForgedError, InconsistentError, OutOfTurnError
+from privacy.secagg.errors import ForgedError, InconsistentError, OutOfTurnError, RefusedError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, holders_of
 from privacy.secagg.keys import Agreement, Derived, Entropy, Identity, KeyPair, Roster, digest
 from privacy.secagg.masking import SEED_BYTES, add_masks, in_ring, pack
@@ -55,17 +55,18 @@ class State(Message):
 class Client:
     """One client of a run. `state` after each answer is what to make the next one from.
 
-    It accepts no weaker profile and no smaller cohort than its own, and nobody who is not on its roster.
+    It accepts no weaker profile and no smaller cohort than its own, no ring but that of `bits` (0: any), and nobody who
+    is not on its roster.
     """
 
     def __init__(
         self, client: int, run: str, identity: Identity, roster: Roster, *, profile: str = MALICIOUS,
-        minimum: int = MINIMUM, state: State | None = None, entropy: Entropy = os.urandom,
+        minimum: int = MINIMUM, bits: int = 0, state: State | None = None, entropy: Entropy = os.urandom,
         derived: Derived | None = None,
     ) -> None:  # fmt: skip
         self.client, self.run, self.state = client, run, state or State()
         self._identity, self._roster, self._entropy = identity, roster, entropy
-        self._profile, self._minimum, self._derived = profile, minimum, derived
+        self._profile, self._minimum, self._bits, self._derived = profile, minimum, bits, derived
 
     def advertise(self, terms: Terms) -> messages.Advertisement:
         """Return this round's public keys. What is left of an earlier round is forgotten.
@@ -73,7 +74,7 @@ class Client:
         Raises `OutOfTurnError` for a round that is not later than the last one, `RefusedError` for terms that are not
         the client's own; neither touches the state.
         """
-        checks.acceptable(terms, self.run, self.state.round, self._profile, self._minimum)
+        checks.acceptable(terms, self.run, self.state.round, self._profile, self._minimum, self._bits)
         channel, mask = KeyPair.generate(self._entropy), KeyPair.generate(self._entropy)
         signed = messages.Advertisement.signed_part(terms.hash, self.client, channel.public, mask.public)
         self.state = State(terms.round, messages.SHARE, terms.to_bytes(), channel.secret, mask.secret)
@@ -106,14 +107,22 @@ class Client:
             )  # fmt: skip
             return messages.Shares(terms.round, self.client, sealed, commitment(context, self.client, seed))
 
-    def mask(self, delivery: messages.Delivery, vector: np.ndarray, content: bytes) -> messages.Masked:
+    def mask(
+        self, delivery: messages.Delivery, vector: np.ndarray, content: bytes, *, least: int = 0, most: int = 0
+    ) -> messages.Masked:
         """Return the vector (n,) uint32 below 2^m under its masks; the vector itself is masked in place.
 
-        `content` is the hash of what the client has trained from: another than the terms announce is inconsistent.
+        `content` is the hash of what the client has trained from: another than the terms announce is inconsistent. Was
+        the vector made for a sum of `least` to `most` clients, no other may be possible.
         """
         with self._answering(messages.MASK, delivery.round) as (state, terms):
             if content != terms.content:
                 raise InconsistentError("the model and config that came are not those announced to everybody")
+            clients = len(state.ids)
+            if most and clients > most:
+                raise InconsistentError(f"{clients} clients take part, and their vectors are made for {most}")
+            if terms.smallest(clients) < least:
+                raise RefusedError(f"a sum of {terms.smallest(clients)} clients may be opened, and {least} are needed")
             if vector.dtype != np.uint32 or vector.shape != (terms.length,):
                 raise ValueError(f"a vector of {vector.shape} {vector.dtype} is not {terms.length} numbers of uint32")
             if strangers := delivery.sealed.keys() - state.channel_keys.keys():

@@ -33,7 +33,8 @@ def encode(values: Sequence[float]) -> np.ndarray:
     limbs = []
     for value in values:
         if not abs(value) < 2.0**86:
-            raise ValueError(f"{value} cannot be added up exactly")
+            # The number itself is not for the server to read.
+            raise ValueError("a number is not finite, or is 2^86 or more, and cannot be added up exactly")
         # A float times a power of two is exact; what is finer than the unit is rounded.
         whole = round(value * 2.0**_FRACTION_BITS) + _OFFSET
         limbs.append([(whole >> (_LIMB_BITS * i)) & ((1 << _LIMB_BITS) - 1) for i in range(_LIMBS)])

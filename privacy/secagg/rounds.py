@@ -48,22 +48,27 @@ def terms_of(config: RunConfig, run_id: int, number: int, content: bytes, length
     """Return what the clients of a sum agree on."""
     plan, own = plan_of(config, clients), config.secure_aggregation
     return Terms(
-        run_name(run_id), number, content, length, own.bits, plan.profile, own.min_cohort, plan.neighbours,
+        run_name(run_id), number, content, length, own.bits, plan.profile, least_of(config, clients), plan.neighbours,
         plan.threshold,
     )  # fmt: skip
 
 
-def hash_of(content: RecordDict, config: RunConfig) -> bytes:
-    """Return the hash of what all clients of a round must have alike: arrays, config, and the run's configuration.
+def hash_of(message_type: str, content: RecordDict, config: RunConfig) -> bytes:
+    """Return the hash of what all clients of a round must have alike: what they are asked for, arrays, config, and the
+    run's configuration.
 
-    What only says how it is computed (`engine.*`) may differ.
+    What only says how it is computed (`engine.*`) may differ. An array is what its bytes, type and shape are in its own
+    record: under the hash of another a server could slip one client a model of its own making.
     """
-    arrays = {name: a.data for record in content.array_records.values() for name, a in record.items()}
+    arrays = {
+        json.dumps([kind, name, array.stype, array.dtype, array.shape]): array.data
+        for kind, record in content.array_records.items()
+        for name, array in record.items()
+    }
     # Validated once more: a default that was never written down may be 0 here and 0.0 there.
     run = {key: value for key, value in config.with_().flat().items() if not key.startswith("engine.")}
-    return content_hash(
-        arrays, json.dumps([records.config_of(content), run], sort_keys=True, default=bytes.hex).encode()
-    )
+    told = [message_type, records.config_of(content), run]
+    return content_hash(arrays, json.dumps(told, sort_keys=True, default=bytes.hex).encode())
 
 
 def payload_of(
@@ -78,11 +83,20 @@ def payload_of(
         int(told[records.LARGEST_WEIGHT]),
         told.get(records.CLIPPING_NORM),
     )
-    if config.privacy.level == "client" and config.privacy.noise == "distributed":
+    if _noisy(config):
         number = int(told[records.SERVER_ROUND])
         least = survivors_of(config, cohort), honest_of(config, cohort)
         return NoisyPayload(config, size, cohort, *least, number, float(norm or 0.0))
     return Payload(config, size, cohort, largest, None if norm is None else float(norm), numbers(config, largest))
+
+
+def least_of(config: RunConfig, cohort: int) -> int:
+    """Return of how many of a cohort's clients a sum must be for anybody to see it: with noise in it, noise enough."""
+    return survivors_of(config, cohort) if _noisy(config) else config.secure_aggregation.min_cohort
+
+
+def _noisy(config: RunConfig) -> bool:
+    return config.privacy.level == "client" and config.privacy.noise == "distributed"
 
 
 def survivors_of(config: RunConfig, cohort: int) -> int:
