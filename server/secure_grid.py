@@ -21,7 +21,7 @@ from torch import nn
 
 from core import records
 from core.config import RunConfig
-from core.errors import InputError
+from core.errors import InputError, RunError
 from core.records import to_arrays, to_numpy
 from core.seeding import rng
 from privacy.secagg import exact, identities
@@ -89,7 +89,7 @@ class SecureGrid(WrappedGrid):
         """Push messages that are not of training: a sum needs all of a round together."""
         found = list(messages)
         if any(message.metadata.message_type == "train" for message in found):
-            raise RuntimeError("the strategy trains clients one by one, and secure aggregation sums whole rounds")
+            raise RunError("the strategy trains clients one by one, and secure aggregation sums whole rounds")
         return super().push_messages(found)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -105,13 +105,13 @@ class SecureGrid(WrappedGrid):
     def add_up(self, content: RecordDict, nodes: Mapping[int, int], numbers: int, timeout: float) -> list[float]:
         """Return the exact sums of `numbers` numbers that clients have to say before training.
 
-        `nodes` are their nodes by client. Raises `RuntimeError` where one of them is not in the sum.
+        `nodes` are their nodes by client. Raises `RunError` where one of them is not in the sum.
         """
         party = Party(None, dict(nodes))
         self._run_round([party], records.QUERY_STATISTICS, content, exact.length(numbers), timeout)
         if party.error or len(party.counted) < len(nodes):
             why = [party.error] * bool(party.error) + list(party.reasons.values())[:1]
-            raise RuntimeError(
+            raise RunError(
                 f"clients did not describe their data: {'; '.join(why) or 'they did not answer in time'}"
             )
         assert party.total is not None
@@ -160,7 +160,7 @@ class SecureGrid(WrappedGrid):
     def _trained(self, asked: list[Message], timeout: float | None) -> list[Message]:
         content = asked[0].content
         if any(message.content is not content for message in asked):
-            raise RuntimeError("the strategy sends clients different models, whose updates have no common sum")
+            raise RunError("the strategy sends clients different models, whose updates have no common sum")
         arrays, config = content.array_records[records.ARRAYS], records.config_of(content)
         number = records.server_round(content) or 0
         by_client = {self._number_of(message.metadata.dst_node_id): message for message in asked}
