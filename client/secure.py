@@ -24,6 +24,7 @@ from privacy.secagg.client import Client, State
 from privacy.secagg.distributed import NoisyPayload
 from privacy.secagg.errors import RefusedError, SecAggError
 from privacy.secagg.graph import MALICIOUS, MINIMUM, SEMI_HONEST
+from privacy.secagg.journal import Journal
 from privacy.secagg.keys import Derived
 from privacy.secagg.messages import Message
 from privacy.secagg.quantise import Layout
@@ -33,8 +34,6 @@ from strategies import ClientHalf, client_half
 # What a deployed client is started with: paths of its own key and of everybody's, and what it does not go below.
 IDENTITY, ROSTER, PROFILE, MIN_COHORT = "secure-identity", "secure-roster", "secure-profile", "secure-min-cohort"
 STATE = "state"
-# Of a client with an identity: that it has described its data in this run.
-DESCRIBED = "secure-described"
 _STAGES: dict[str, tuple[str, type[Message]]] = {
     records.QUERY_ADVERTISE: ("advertise", messages.Terms),
     records.QUERY_SHARE: ("share", messages.Participants),
@@ -64,7 +63,7 @@ class SecureClients:
             found: Message = getattr(own, stage)(kind.from_bytes(part))
             return found
 
-        return self._each(content, contexts, answer, lost)
+        return self._each(content, contexts, answer, lost, stage)
 
     def masked(
         self, update: LocalUpdate, origin: Mapping[str, np.ndarray], names: Sequence[str], sizes: Sequence[int],
@@ -104,7 +103,7 @@ class SecureClients:
             )
             return own.mask(messages.Delivery.from_bytes(part), vector, hashed, least=least, most=cohort)
 
-        return self._each(content, contexts, answer, ~sound, told=False)
+        return self._each(content, contexts, answer, ~sound, messages.MASK, told=False)
 
     def masked_statistics(
         self, values: Sequence[Sequence[float]], content: RecordDict, contexts: Sequence[Context]
@@ -117,16 +116,9 @@ class SecureClients:
         hashed = hash_of(records.QUERY_STATISTICS, content, self._config)
 
         def answer(own: Client, part: bytes, i: int) -> Message:
-            state, once = contexts[i].state, IDENTITY in contexts[i].node_config
-            if once and DESCRIBED in state:
-                own.forget()
-                raise RefusedError("it has described its data in this run, and does not in another sum")
-            masked = own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
-            if once:
-                state[DESCRIBED] = ConfigRecord({})
-            return masked
+            return own.mask(messages.Delivery.from_bytes(part), exact.encode(values[i]), hashed)
 
-        return self._each(content, contexts, answer, np.zeros(len(contexts), dtype=bool))
+        return self._each(content, contexts, answer, np.zeros(len(contexts), dtype=bool), messages.MASK, once=True)
 
     @staticmethod
     def forget(contexts: Sequence[Context]) -> None:
@@ -138,11 +130,12 @@ class SecureClients:
 
     def _each(
         self, content: RecordDict, contexts: Sequence[Context], answer: Callable[[Client, bytes, int], Message],
-        lost: np.ndarray, *, told: bool = True,
+        lost: np.ndarray, stage: str, *, told: bool = True, once: bool = False,
     ) -> list[Reply]:  # fmt: skip
         """Return one reply with the answers of all that have one, and the errors of the others.
 
-        Of those `lost` nothing is said where that was told (`told`) already.
+        Of those `lost` nothing is said where that was told (`told`) already. A client with an identity gives each
+        answer of a `stage` once, and one that is for `once` a run in no other round either.
         """
         parts = parts_of(content)
         replies: list[Reply] = []
@@ -158,7 +151,12 @@ class SecureClients:
                 continue
             own = self._open(context, derived)
             try:
-                answers.append(answer(own, parts(client), i).to_bytes())
+                answered = answer(own, parts(client), i).to_bytes()
+                if IDENTITY in context.node_config:
+                    number = messages.STAGES.index(stage)
+                    journal = Journal(str(context.node_config[IDENTITY]))
+                    journal.claim(run_name(context.run_id), own.state.round, number, once=once)
+                answers.append(answered)
                 done.append(i)
             except (SecAggError, ValueError) as error:
                 replies.append(([i], refused(f"client {client}: {type(error).__name__}: {error}")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ from core import records
 from core.config import RunConfig
 from privacy.secagg import identities
 from privacy.secagg.client import State
+from privacy.secagg.errors import OutOfTurnError, RefusedError
+from privacy.secagg.journal import Journal
 from privacy.secagg.rounds import hash_of, payload_of, terms_of
 from server.app import train
 from server.recorder import RunFolder
@@ -261,10 +264,7 @@ def test_a_client_with_an_identity_describes_its_data_in_one_sum_of_a_run(
 ) -> None:
     roster = identities.create(tmp_path / "keys", CLIENTS)
     config = smoke(**SECURE, clients=CLIENTS, **{"secure-aggregation.roster": str(roster)})
-    here = Here(config, lambda reply: [reply], {})
-    for i, context in enumerate(here.nodes.values()):
-        key = roster.with_name(f"client-{i}.key")
-        context.node_config |= {"secure-identity": str(key), "secure-roster": str(roster)}
+    here = _identified(Here(config, lambda reply: [reply], {}), roster)
     setting = open_setting([here.nodes[100]])
     each = np.array([_summed(setting, client) for client in range(CLIENTS)])
     grid, content = SecureGrid(here, config), RecordDict({records.CONFIG: ConfigRecord({})})
@@ -272,8 +272,64 @@ def test_a_client_with_an_identity_describes_its_data_in_one_sum_of_a_run(
     nodes = {i: 100 + i for i in range(CLIENTS)}
     assert grid.add_up(content, nodes, each.shape[1], 5.0) == pytest.approx(each.sum(0))
     # Without the last client the difference would be all that it has said.
-    with pytest.raises(RuntimeError, match="RefusedError: it has described its data in this run"):
+    with pytest.raises(RuntimeError, match="OutOfTurnError: it has described its data in this run"):
         grid.add_up(content, {i: 100 + i for i in range(CLIENTS - 1)}, each.shape[1], 5.0)
+
+
+def _identified(here: Here, roster: Path) -> Here:
+    """Let every client have the key of its own that lies beside the roster."""
+    for i, context in enumerate(here.nodes.values()):
+        key = roster.with_name(f"client-{i}.key")
+        context.node_config |= {"secure-identity": str(key), "secure-roster": str(roster)}
+    return here
+
+
+class SideBySide(Here):
+    """A Grid that gives every message of the protocol twice, at once: both are answered from the same state."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Push the messages, and answer each once more from the state before."""
+        found = list(messages)
+        for message in found:
+            node = message.metadata.dst_node_id
+            before = copy.deepcopy(self.nodes[node])
+            [identifier] = super().push_messages([message])
+            if records.SECURE in message.content:
+                again = app(message, before)
+                self.second.append(str(again.error.reason) if again.has_error() else "an answer")
+            self.identifiers.append(identifier)
+        return self.identifiers[-len(found) :]
+
+    second: list[str]
+    identifiers: list[str]
+
+
+def test_messages_that_come_side_by_side_have_one_answer(smoke: Callable[..., RunConfig], tmp_path: Path) -> None:
+    roster = identities.create(tmp_path / "keys", CLIENTS)
+    config = smoke(**SECURE, clients=CLIENTS, rounds=1, **{"secure-aggregation.roster": str(roster)})
+    here = SideBySide(config, lambda reply: [reply], {})
+    here.second, here.identifiers = [], []
+    folder = RunFolder.create(config)
+    train(_identified(here, roster), config, folder)
+    assert [row["secure_aggregation"]["sums"] for row in _rows(folder.path)] == [[CLIENTS]]
+    # Five stages of the sum of statistics, and of the round.
+    assert len(here.second) == 2 * 5 * CLIENTS
+    assert {reason.split(": ")[1] for reason in here.second} == {"OutOfTurnError"}
+
+
+def test_a_client_that_cannot_keep_what_it_has_answered_does_not_answer(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "client-0.key"))
+    journal.claim("run 1", 3, 1)
+    for server_round, stage in [(3, 1), (3, 0), (2, 4)]:
+        with pytest.raises(OutOfTurnError):
+            journal.claim("run 1", server_round, stage)
+    journal.claim("run 1", 3, 2)
+    journal.claim("run 2", 1, 0)
+    with pytest.raises(RefusedError, match="cannot be kept in"):
+        Journal(str(tmp_path / "nowhere" / "client-0.key")).claim("run 1", 1, 0)
+    (tmp_path / "client-0.key.answered").write_text('{"run 1": [3')
+    with pytest.raises(RefusedError, match="JSONDecodeError"):
+        journal.claim("run 1", 4, 0)
 
 
 def test_an_identified_clients_error_holds_none_of_its_data(

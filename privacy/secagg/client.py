@@ -3,7 +3,8 @@
 It trusts no server. Whatever contradicts what was said before ends the round: the keys and shares are forgotten and a
 `SecAggError` says why. Only a message of another round leaves the state as it is, since it may be a late one. What lies
 between two stages is one serialisable `State`; forgetting means that no state holds it any more, not that memory is
-overwritten, which Python cannot promise. A client that loses its state can be asked into a round twice.
+overwritten, which Python cannot promise. A client that loses its state can be asked into a round twice, but where
+its front keeps a journal (`privacy/secagg/journal.py`).
 
 One unmasking answer a round, to one list of survivors: for each client a share of its self mask or of its mask key,
 never both (Bonawitz et al., CCS 2017, section 4). The list names survivors alone, and who else had shared its secrets
