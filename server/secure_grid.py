@@ -111,9 +111,7 @@ class SecureGrid(WrappedGrid):
         self._run_round([party], records.QUERY_STATISTICS, content, exact.length(numbers), timeout)
         if party.error or len(party.counted) < len(nodes):
             why = [party.error] * bool(party.error) + list(party.reasons.values())[:1]
-            raise RunError(
-                f"clients did not describe their data: {'; '.join(why) or 'they did not answer in time'}"
-            )
+            raise RunError(f"clients did not describe their data: {'; '.join(why) or 'they did not answer in time'}")
         assert party.total is not None
         self.traffic["up"] += party.sent.total()
         return exact.decode(party.total, len(nodes))
