@@ -69,7 +69,7 @@ def saw(masked: Masked) -> str:
     if not masked["sums"]:
         return "The server saw no sum"
     smallest = f"the smallest of {plural(masked['smallest_sum'], 'client')}"
-    return f"The server saw {plural(masked['sums'], 'sum')} and no update, {smallest}"
+    return f"The server saw {plural(masked['sums'], 'sum')} of updates and none alone, {smallest}"
 
 
 def dropouts(masked: Masked) -> str:
@@ -160,7 +160,8 @@ def totals(run: RunData) -> Section | None:
     many = plural(len(run.heterogeneity.get("clients") or ()), "client")
     said = (
         f"{many} with {plural(sizes.get('train', 0), 'training example')} in all. Secure aggregation adds up what they "
-        "say of their data: nobody else knows who has how many of which label, nor how unlike they are."
+        "say of their training data. What each one's evaluation tells, metrics and how many examples they are of, "
+        "reaches the server as it is: about how large it is, and how unlike the others."
     )
     rows = [
         (label, f"{count:,}", percent(count / max(1, sum(labels))))

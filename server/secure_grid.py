@@ -56,6 +56,7 @@ class SecureGrid(WrappedGrid):
         self._engine = hasattr(grid, "client_of")
         self._numbers = client_half(config).numbers
         self._client_of: Mapping[int, int] = {}
+        self._private = config.privacy.level == "client"
         self._number = 0
         self.sends: Sequence[str] = ()
         """Names of what clients send back."""
@@ -249,7 +250,8 @@ class SecureGrid(WrappedGrid):
             "failed": failed,
             "dropped": {stage: count for stage, count in dropped.items() if count},
             "recovered": recovered,
-            "clipped": float(np.mean([found.clipped for _, found in sums])) if sums else None,
+            # Where differential privacy has clipped before, nobody has counted.
+            "clipped": float(np.mean([found.clipped for _, found in sums])) if sums and not self._private else None,
             "worst_error": max((found.worst_error for _, found in sums), default=None),
             "solvable": len(self.exposure.solvable),
         }

@@ -153,7 +153,9 @@ def privacy(
         float | None, typer.Option(metavar="Z", help="The noise in clipping norms, instead of a budget.")
     ] = None,
     level: Annotated[str, typer.Option(metavar="LEVEL", help="Whom noise hides: client or example.")] = "client",
-    noise: Annotated[str | None, typer.Option(metavar="WHERE", help="At level client: central or local.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(metavar="WHERE", help="At level client: central, local or distributed.")
+    ] = None,
     examples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="At level example: examples of a client.")
     ] = None,

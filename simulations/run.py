@@ -259,6 +259,11 @@ def check_run(config: RunConfig) -> Federation:
     """Return the federation's data after refusing, with `InputError`, what would fail later here."""
     worker_count(config)
     RunFolder.check_place(config)
+    if config.secure_aggregation.roster:
+        raise InputError(
+            f"secure-aggregation.roster={config.secure_aggregation.roster} is for `flwr run`, where each client is "
+            "started with a key of its own; drop it here, and keys are simulated."
+        )
     return check(config)
 
 

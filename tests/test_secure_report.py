@@ -141,7 +141,7 @@ def test_a_masked_run_says_what_was_masked_and_from_whom(ran: Callable[..., Run]
     said = terminal(run)
     assert said[0] == (
         "Secure aggregation: malicious profile, each of 4 clients masks with 3 others, 3 shares open a mask. "
-        "The server saw 3 sums and no update, the smallest of 4 clients; no update was cut "
+        "The server saw 3 sums of updates and none alone, the smallest of 4 clients; no update was cut "
         "(secure-aggregation.clip=100)."
     )
     assert "Keys are simulated: this hides nothing from whoever runs this machine." in said

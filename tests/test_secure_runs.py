@@ -260,7 +260,7 @@ def test_exposure_is_that_of_solving_for_each_client_and_fixed_groups_have_none(
         ({"secure_aggregation__bits": 17, "clients": 10}, "bits=17 hold sums of 2 clients, and there are 10"),
         ({"secure_aggregation__corrupt": 0.5}, "2 corrupt clients of 4 are a third or more"),
         ({"secure_aggregation__dropout_tolerance": 0.5}, "2 dropouts of 4 leave fewer than the 3"),
-        ({"secure_aggregation__roster": "nowhere.json"}, "nowhere.json cannot be read.*fedra identities"),
+        ({"secure_aggregation__roster": "nowhere.json"}, "roster=nowhere.json is for `flwr run`"),
         (
             {"privacy__level": "example", "privacy__noise_multiplier": 1.0, "privacy__preprocessing": "uncovered"},
             "privacy.level=example keeps an account of each client's steps",

@@ -28,6 +28,11 @@ def most_clients(bits: int) -> int:
     return ((1 << bits) - 1) // ((1 << _LIMB_BITS) - 1)
 
 
+def least_bits(clients: int) -> int:
+    """Return how many bits a ring has to have for so many clients."""
+    return (clients * ((1 << _LIMB_BITS) - 1)).bit_length()
+
+
 def encode(values: Sequence[float]) -> np.ndarray:
     """Return the limbs of finite numbers below 2^87, (length,) uint32; raises `ValueError` for others."""
     limbs = []

@@ -63,8 +63,8 @@ def _refused(config: RunConfig, linear: bool, unsaid: Collection[str]) -> Iterat
         )
     if config.clients > (most := exact.most_clients(own.bits)):
         yield (
-            f"secure-aggregation.bits={own.bits} hold sums of {most} clients, and there are {config.clients}; set more "
-            "bits."
+            f"secure-aggregation.bits={own.bits} hold sums of {most} clients, and there are {config.clients}; set "
+            f"{exact.least_bits(config.clients)} or more (32 is the default)."
         )
     if config.compression.kind != "none":
         yield (
@@ -110,7 +110,9 @@ def uncovered(config: RunConfig, model: nn.Module) -> list[str]:
         found.append("anything from whoever runs this machine: clients' keys are simulated")
     found.append("who takes part in which round")
     found.append("each client's evaluation metrics, and how many test and validation examples they are of")
-    found.append("the sums themselves, and the model that is made of them")
+    found.append(
+        "the sums themselves, those of sizes and labels before training too, and the model that is made of them"
+    )
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules()):
         found.append(
             "a word that one client of a sum alone has used: its row of the embedding has no others to hide in"
