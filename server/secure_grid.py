@@ -24,6 +24,7 @@ from core.config import RunConfig
 from core.errors import InputError, RunError
 from core.records import to_arrays, to_numpy
 from core.seeding import rng
+from privacy.accounting import STATE as SPENT
 from privacy.secagg import exact, identities
 from privacy.secagg.checks import enough
 from privacy.secagg.distributed import NoisyPayload
@@ -256,6 +257,26 @@ class SecureGrid(WrappedGrid):
             "solvable": len(self.exposure.solvable),
         }
 
+    def _states(self, parties: Sequence[Party]) -> dict[int, RecordDict]:
+        """Return what clients keep, as it is before a round, where the engine keeps it for them."""
+        states: dict[int, RecordDict] = self.inner.client_states if self._engine else {}  # type: ignore[attr-defined]
+        nodes = (node for party in parties for node in party.nodes.values() if node in states)
+        return {node: RecordDict({name: record.copy() for name, record in states[node].items()}) for node in nodes}
+
+    def _settle(self, node: int, before: RecordDict | None, *, counted: bool) -> None:
+        """Let a client of the engine keep what it learnt only if it was counted, and no secret of the round.
+
+        Controls that no server knows of would pull at every later model. What privacy has cost it stays spent, and what
+        clients who dropped out have not forgotten must not end up in a checkpoint.
+        """
+        states: dict[int, RecordDict] = self.inner.client_states if self._engine else {}  # type: ignore[attr-defined]
+        if (state := states.get(node)) is None:
+            return
+        state.pop(records.SECURE, None)
+        if not counted:
+            kept = {**(before or {}), **{name: state[name] for name in (SPENT,) if name in state}}
+            states[node] = RecordDict({name: record for name, record in kept.items() if name != records.SECURE})
+
     def _run_round(
         self, parties: Sequence[Party], message_type: str, content: RecordDict, length: int, timeout: float | None
     ) -> None:
@@ -275,12 +296,11 @@ class SecureGrid(WrappedGrid):
         rounds = SecureRound(
             self.inner, self._number_of, together=self._engine, seconds=seconds, server_round=server_round
         )
+        before = self._states(parties)
         rounds.run(parties, message_type, content, timeout)
-        if self._engine:
-            # What clients who dropped out have not forgotten must not end up in a checkpoint.
-            states = self.inner.client_states  # type: ignore[attr-defined]
-            for node in (node for party in parties for node in party.nodes.values() if node in states):
-                states[node].pop(records.SECURE, None)
+        for party in parties:
+            for client, node in party.nodes.items():
+                self._settle(node, before.get(node), counted=client in party.counted)
         self.traffic["down"] += sum(party.received for party in parties)
         self.traffic["up"] += sum(party.sent.total() for party in parties)
         self.traffic["up"] -= sum(party.sent[client] for party in parties for client in party.counted)

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from core import records
+from core.bundle import CLIENT_STATE
 from core.config import RunConfig
 from core.errors import InputError
 from server.checkpoint import load
@@ -203,6 +204,20 @@ def test_a_resumed_run_ends_with_the_same_bits_and_no_secret_is_on_disk(smoke: S
     again = resume(seen[0])
     assert _apart(whole, again) == 0
     assert again.summary["secure_aggregation"] == whole.summary["secure_aggregation"]
+
+
+def test_clients_keep_what_the_server_has_counted_and_nothing_else(smoke: Smoke) -> None:
+    run = simulate(smoke(**HERE, **SECURE, strategy="scaffold", clients=6, rounds=8, faults__dropout=0.35,
+                         faults__stage="any", secure_aggregation__dropout_tolerance=0.0))  # fmt: skip
+    assert run.summary["secure_aggregation"]["failed"] > 0
+    assert run.summary["secure_aggregation"]["sums"] > 0
+    saved = load(run.path / "checkpoint")
+    assert saved is not None
+    # The server's control is the mean of the clients', of whom some have none yet.
+    controls = [state.config_records.get(CLIENT_STATE, {}).get("control") for state in saved.client_states.values()]
+    kept = [np.frombuffer(control, np.float32) for control in controls if control is not None]
+    own = np.concatenate([np.ravel(value) for value in saved.strategy["control"].values()])
+    assert np.abs(np.sum(kept, axis=0) / 6 - own).max() < 1e-5 * np.abs(own).max() + 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["fedmedian", "krum", "rfa"])
