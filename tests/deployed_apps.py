@@ -127,10 +127,12 @@ def _watch(message: Message, context: Context) -> None:
         write()
         return found
 
-    def spied_mask(self: Client, delivery: messages.Delivery, vector: np.ndarray, content: bytes) -> messages.Masked:
+    def spied_mask(
+        self: Client, delivery: messages.Delivery, vector: np.ndarray, content: bytes, **bounds: int
+    ) -> messages.Masked:
         kept["vector"] = vector.copy()
         write()
-        return mask(self, delivery, vector, content)
+        return mask(self, delivery, vector, content, **bounds)
 
     def spied_masked(self: Any, update: Any, origin: Any, names: Any, sizes: Any, *more: Any) -> Any:
         trained(update, sizes, origin)
