@@ -57,13 +57,6 @@ class BandedNoise:
         """Return how often a client takes part at most in so many rounds."""
         return math.ceil(rounds / self.bands)
 
-    def equivalent(self, noise_multiplier: float, rounds: int) -> float:
-        """Return the noise multiplier of the one Gaussian mechanism that all rounds together are.
-
-        `noise_multiplier` is the standard deviation of `noise`'s argument over the clipping norm.
-        """
-        return noise_multiplier / self.sensitivity(self.participations(rounds))
-
     def noise(self, z: Tensor) -> Tensor:
         """Return the round's row y_t of C^-1 Z, in z's dtype, for its independent normals z (D,).
 

@@ -63,8 +63,8 @@ class ClientLevel:
         elif not z and own.noise == "distributed":
             z = calibrate(1.0, planned(config.rounds, rate), own.epsilon, own.delta, moments=True)
         elif not z and own.mechanism == "banded":
-            b = bands(config)
-            z = calibrate(1.0, math.ceil(config.rounds / b), own.epsilon, own.delta) * BandedNoise(b).sensitivity(1)
+            banded = BandedNoise(bands(config))
+            z = calibrate(1.0, banded.participations(config.rounds), own.epsilon, own.delta) * banded.sensitivity(1)
         elif not z:
             z = calibrate(rate, config.rounds, own.epsilon, own.delta)
         return ClientLevel(config, rate, z)

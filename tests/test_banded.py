@@ -41,7 +41,7 @@ def test_one_band_is_independent_noise() -> None:
     banded, z = BandedNoise(1), Simulated(0).normal(3, 4)
     assert torch.equal(torch.stack([banded.noise(row) for row in z]), z)
     # k Gaussian mechanisms are one with the noise multiplier over sqrt(k).
-    assert banded.equivalent(2.0, 25) == 2.0 / 5
+    assert banded.sensitivity(banded.participations(25)) == 5
 
 
 @pytest.mark.parametrize(("bands", "times"), [(1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (4, 2)])
@@ -96,7 +96,6 @@ def test_the_sensitivity_in_figures() -> None:
     banded = BandedNoise(3)
     assert banded.sensitivity(4) == pytest.approx(2 * math.sqrt(1.390625))
     assert [banded.participations(rounds) for rounds in (1, 3, 4, 12)] == [1, 1, 2, 4]
-    assert banded.equivalent(3.0, 12) == pytest.approx(3 / (2 * math.sqrt(1.390625)))
 
 
 def test_no_bands_are_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -294,3 +296,11 @@ def test_a_federations_bytes_are_those_of_its_arrays(smoke: Callable[..., RunCon
     federation = check(smoke())
     rows = sum(len(split.y) for split in (federation.train, federation.validation, federation.test, federation.central))
     assert federation.nbytes == rows * (30 * 4 + 8)
+
+
+def test_a_clients_process_starts_without_what_only_plans_and_audits_need() -> None:
+    # Flower starts one for every message.
+    code = "import client.app, sys; print(*(name for name in ('scipy.stats', 'dp_accounting', 'pandas', 'opacus') "
+    code += "if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

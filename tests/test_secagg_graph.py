@@ -18,7 +18,6 @@ from privacy.secagg.graph import (
     MALICIOUS,
     SEMI_HONEST,
     graph,
-    independent_dropout_bits,
     malicious_threshold,
     plan,
     safety,
@@ -82,10 +81,6 @@ def test_the_calculator_gives_the_known_figures() -> None:
     # By hand: k = 20 and t = 11 would fail if ten drop out who are all of somebody's twenty neighbours.
     by_hand = -math.log2(100 * math.comb(20, 10) / math.comb(99, 10))
     assert safety(100, 20, 11, 10, 10).correctness_bits == pytest.approx(by_hand)
-    # If everybody drops out by itself there may be more of them.
-    assert independent_dropout_bits(1000, 46, 26, 0.1) == pytest.approx(20.74, abs=0.01)
-    tail = sum(math.comb(22, i) * 0.1**i * 0.9 ** (22 - i) for i in range(12, 23))
-    assert independent_dropout_bits(100, 22, 11, 0.1) == pytest.approx(-math.log2(100 * tail))
 
 
 def test_the_profile_malicious_is_of_everybody_and_of_more_than_two_thirds() -> None:

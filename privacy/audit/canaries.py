@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from core import hadamard
@@ -102,10 +101,13 @@ class Noise:
 
     def ratio(self, confidence: float = 0.99) -> tuple[float, float, float] | None:
         """Return the standard deviation over what it ought to be and its confidence limits; None before any noise."""
+        # Only an audit needs it: clients start without, and it takes half a second.
+        from scipy.stats import chi2
+
         if not self.numbers:
             return None
         tail = (1 - confidence) / 2
-        low, high = stats.chi2.ppf([1 - tail, tail], self.numbers)
+        low, high = chi2.ppf([1 - tail, tail], self.numbers)
         found = (self.squares / at for at in (self.numbers, low, high))
         return tuple(float(np.sqrt(value)) for value in found)  # type: ignore[return-value]
 

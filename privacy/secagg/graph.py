@@ -23,8 +23,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import binom, hypergeom
 
 from core.errors import InputError, unknown
 from privacy.secagg.masking import expand
@@ -147,18 +145,13 @@ def _safety(
     clients: int, neighbours: int, thresholds: np.ndarray, corrupt: int, dropouts: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bits of privacy and of correctness of each threshold, float64."""
+    # Only who plans needs it: clients start without, and it takes half a second.
+    from scipy.stats import hypergeom
+
     opened = (clients - corrupt) * hypergeom.sf(thresholds - 1, clients - 1, corrupt, neighbours)
     apart = 0.0 if neighbours >= clients - 1 else _gaps(clients, neighbours, corrupt + dropouts)
     failed = clients * hypergeom.sf(neighbours - thresholds, clients - 1, dropouts, neighbours)
     return _bits(opened + apart), _bits(failed)
-
-
-def independent_dropout_bits(clients: int, neighbours: int, threshold: int, dropout: float) -> float:
-    """Return the bits of correctness where each client drops out by itself with a probability: a binomial tail.
-
-    More of them may then drop out than on average, so this is less than what `safety` says of exactly so many.
-    """
-    return float(_bits(clients * binom.sf(neighbours - threshold, neighbours, dropout)))
 
 
 def _malicious(clients: int, corrupt: int, dropouts: int) -> Plan:
@@ -175,6 +168,8 @@ def _malicious(clients: int, corrupt: int, dropouts: int) -> Plan:
 
 def _gaps(clients: int, places: int, empty: int) -> float:
     """Return a bound for two gaps on the circle with `places` places in all, given how many places are empty."""
+    from scipy.special import gammaln
+
     if empty < places:
         return 0.0
     # C(n - k, e - k) / C(n, e), the probability that k given places are among the e empty ones.
