@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SIMULATED = "simulated noise: not a guarantee"
-# What whoever sees this may not become much surer of.
+# Whoever sees the first may not become much surer of the second.
 WHOM = {
     "example": ("the models of a client", "any one of its examples was there"),
     "client": ("the models", "any one client took part at all"),
@@ -67,7 +67,7 @@ def strength(privacy: Mapping[str, Any]) -> str:
 
 
 def promise(privacy: Mapping[str, Any]) -> str:
-    """Return what epsilon says in words: by how much anybody may become surer."""
+    """Return what epsilon says in words: how much higher anybody may find the odds; delta stands in `bound`."""
     whom = str(privacy["noise"] if privacy.get("noise") in ("local", "distributed") else privacy["level"])
     sees, of = WHOM[whom]
     epsilon = finite(privacy.get("epsilon"))
@@ -77,7 +77,7 @@ def promise(privacy: Mapping[str, Any]) -> str:
         sees = f"Whoever sees {sees}"
     if epsilon is None or epsilon > NOBODY:
         return f"{sees} may become as sure as can be whether {of}"
-    return f"{sees} may become e^epsilon = {rate(math.exp(epsilon))} times as sure as before, at most, whether {of}"
+    return f"{sees} may find the odds that {of} e^epsilon = {rate(math.exp(epsilon))} times as high as before, at most"
 
 
 def lines(privacy: Mapping[str, Any], masked: Mapping[str, Any] | None = None) -> Iterator[str]:
@@ -102,7 +102,9 @@ def compared(rows: Iterable[Mapping[str, Any]]) -> str:
     own = [privacy for row in rows if (privacy := row["summary"].get("privacy") or {}).get("level", "none") != "none"]
     if not own:
         return ""
-    total = rate(sum(finite(privacy["epsilon"]) or math.inf for privacy in own))
+    spent = [finite(privacy["epsilon"]) for privacy in own]
+    # One without a bound has none with others either; one that has spent nothing adds nothing.
+    total = rate(sum(math.inf if epsilon is None else epsilon for epsilon in spent))
     said = "Every private run spends an epsilon of its own; what is chosen among them is covered by their sum alone, "
     said += f"{total} of {plural(len(own), 'run')}"
     return f"{said} ({SIMULATED})." if any(privacy.get("simulated") for privacy in own) else f"{said}."

@@ -274,8 +274,8 @@ class SecureGrid(WrappedGrid):
             return
         state.pop(records.SECURE, None)
         if not counted:
-            kept = {**(before or {}), **{name: state[name] for name in (SPENT,) if name in state}}
-            states[node] = RecordDict({name: record for name, record in kept.items() if name != records.SECURE})
+            spent = {SPENT: state[SPENT]} if SPENT in state else {}
+            states[node] = RecordDict({**(before or {}), **spent})
 
     def _run_round(
         self, parties: Sequence[Party], message_type: str, content: RecordDict, length: int, timeout: float | None

@@ -15,6 +15,7 @@ from core.config import RunConfig
 from core.errors import InputError
 from privacy.coverage import uncovered
 from reports.protection import compared, lines, promise, strength
+from reports.words import NOTHING
 from server.build import check
 from simulations.run import preset
 from tasks.medical import Medical
@@ -161,13 +162,19 @@ def test_what_is_compared_costs_together_and_says_so() -> None:
     assert compared([bare, {"summary": {}}]) == ""
     assert compared([bare, secret]).endswith("covered by their sum alone, 4.00 of 1 run.")
     assert compared([secret, seeded]).endswith("alone, 8.00 of 2 runs (simulated noise: not a guarantee).")
+    nothing, endless = ({"summary": {"privacy": {"level": "client", "epsilon": e}}} for e in (0.0, None))
+    assert compared([secret, nothing]).endswith("alone, 4.00 of 2 runs.")
+    assert compared([secret, endless]).endswith(f"alone, {NOTHING} of 2 runs.")
 
 
 @pytest.mark.parametrize(
     ("privacy", "words"),
     [
-        ({"epsilon": 2.0}, "may become e^epsilon = 7.39 times as sure as before, at most, whether any one client"),
-        ({"epsilon": 2.0, "population": 5000}, "In a deployment of 5,000 clients, whoever sees the models may become"),
+        (
+            {"epsilon": 2.0},
+            "may find the odds that any one client took part at all e^epsilon = 7.39 times as high as before",
+        ),
+        ({"epsilon": 2.0, "population": 5000}, "In a deployment of 5,000 clients, whoever sees the models may find"),
         ({"epsilon": 60.0}, "may become as sure as can be"),
         ({"epsilon": None}, "may become as sure as can be"),
     ],

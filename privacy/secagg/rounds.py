@@ -30,9 +30,8 @@ def run_name(run_id: int) -> str:
 def plan_of(config: RunConfig, clients: int) -> Plan:
     """Return the graph and threshold for a sum of so many clients, and what they buy; `InputError` where none is."""
     own = config.secure_aggregation
-    return _plan(
-        clients, own.corrupt, own.dropout_tolerance, "" if own.profile == "auto" else own.profile, own.threshold
-    )
+    profile = "" if own.profile == "auto" else own.profile
+    return _plan(clients, own.corrupt, own.dropout_tolerance, profile, own.threshold)
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,15 +77,12 @@ def payload_of(
 
     `numbers` says how large the numbers are that the strategy's clients send (`strategies.ClientHalf`).
     """
-    cohort, largest, norm = (
-        int(told[records.COHORT]),
-        int(told[records.LARGEST_WEIGHT]),
-        told.get(records.CLIPPING_NORM),
-    )
+    cohort, norm = int(told[records.COHORT]), told.get(records.CLIPPING_NORM)
     if _noisy(config):
         number = int(told[records.SERVER_ROUND])
         least = survivors_of(config, cohort), honest_of(config, cohort)
         return NoisyPayload(config, size, cohort, *least, number, float(norm or 0.0))
+    largest = int(told[records.LARGEST_WEIGHT])
     return Payload(config, size, cohort, largest, None if norm is None else float(norm), numbers(config, largest))
 
 
