@@ -13,6 +13,7 @@ from core.config import RunConfig
 from core.errors import RunError, told
 from server.build import check
 from server.observe import ObservedGrid
+from server.polled import PolledGrid
 from server.recorder import RunFolder
 from server.secure_grid import SecureGrid
 from server.session import OnRound, Session
@@ -56,8 +57,11 @@ def train(
 
     Interrupting (KeyboardInterrupt) and failing both leave a valid folder; then the exception goes on.
     """
-    secure = SecureGrid(grid, config) if config.secure_aggregation.profile != "none" else None
-    session = Session(ObservedGrid(secure or grid), config, folder, on_round)
+    if not hasattr(grid, "client_of"):
+        grid = PolledGrid(grid)
+    if config.secure_aggregation.profile != "none":
+        grid = SecureGrid(grid, config)
+    session = Session(ObservedGrid(grid), config, folder, on_round)
     status, error = "failed", ""
     try:
         session.run()

@@ -14,7 +14,6 @@ from flwr.serverapp import Grid
 from core import records
 from core.config import RunConfig
 from core.errors import RunError
-from server.asking import ask
 from server.intake import refuse_odd, take_in
 from server.secure_grid import SecureGrid
 from server.wrapped import WrappedGrid
@@ -157,9 +156,7 @@ class ObservedGrid(WrappedGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send the messages, wait for the replies and count both."""
-        sent = self._sent(messages)
-        secure = self.secure is not None
-        replies = self.inner.send_and_receive(sent, timeout=timeout) if secure else ask(self.inner, sent, timeout)
+        replies = self.inner.send_and_receive(self._sent(messages), timeout=timeout)
         # Flower's own grids return replies as they arrive; a sum of floats must not depend on that.
         return self._received(sorted(replies, key=lambda reply: self.client_of(reply.metadata.src_node_id)))
 

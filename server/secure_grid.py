@@ -37,7 +37,6 @@ from privacy.secagg.quantise import Layout
 from privacy.secagg.rounds import hash_of, payload_of, plan_of, terms_of
 from privacy.secagg.rules import uncovered
 from privacy.secagg.server import Server
-from server.asking import ask
 from server.secure_round import Party, SecureRound
 from server.wrapped import WrappedGrid
 from strategies import client_half
@@ -101,7 +100,7 @@ class SecureGrid(WrappedGrid):
         """
         found = list(messages)
         if not found or found[0].metadata.message_type != "train":
-            return ask(self.inner, found, timeout)
+            return super().send_and_receive(found, timeout=timeout)
         return self._trained(found, timeout)
 
     def add_up(self, content: RecordDict, nodes: Mapping[int, int], numbers: int, timeout: float) -> list[float]:

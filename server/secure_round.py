@@ -21,7 +21,6 @@ from privacy.secagg import messages
 from privacy.secagg.errors import MalformedError, SecAggError
 from privacy.secagg.graph import MALICIOUS
 from privacy.secagg.server import Server
-from server.asking import ask
 
 _ANSWERS: dict[str, Any] = {
     messages.ADVERTISE: messages.Advertisement,
@@ -134,7 +133,7 @@ class SecureRound:
             for client, own in self._contents(parts, content).items()
         ]
         seconds = timeout if stage == messages.MASK else self._seconds
-        for reply in ask(self._grid, asked, seconds):
+        for reply in self._grid.send_and_receive(asked, timeout=seconds):
             self._take(reply, stage, party_of)
 
     def _contents(self, parts: Mapping[int, bytes], content: RecordDict | None) -> dict[int, RecordDict]:

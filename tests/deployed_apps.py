@@ -36,6 +36,7 @@ from privacy.secagg.graph import SEMI_HONEST
 from privacy.secagg.keys import Identity, KeyPair
 from privacy.secagg.messages import Advertisement, Terms
 from privacy.secagg.server import Server
+from server.polled import PolledGrid
 from server.secure_round import Party, SecureRound
 
 plain_client = client.app.app
@@ -427,9 +428,9 @@ def _knowing(grid: Grid, context: Context) -> None:
     # Who is who: each says its place in the case.
     content = RecordDict({records.CONFIG: ConfigRecord({})})
     who = {}
-    for reply in server.secure_round.ask(
-        grid, [Message(content, node, records.QUERY_STATISTICS) for node in nodes], 60
-    ):
+    grid = PolledGrid(grid)
+    messages_of_all = [Message(content, node, records.QUERY_STATISTICS) for node in nodes]
+    for reply in grid.send_and_receive(messages_of_all, timeout=60):
         who[reply.content[records.CLIENTS][records.CLIENT][0]] = reply.metadata.src_node_id
     terms = Terms(**{**case["terms"], "content": bytes.fromhex(case["terms"]["content"])})
     masked: dict[int, str] = {}

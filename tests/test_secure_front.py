@@ -31,6 +31,7 @@ from privacy.secagg.errors import OutOfTurnError, RefusedError
 from privacy.secagg.journal import Journal
 from privacy.secagg.rounds import hash_of, payload_of, terms_of
 from server.app import train
+from server.polled import PolledGrid
 from server.recorder import RunFolder
 from server.secure_grid import SecureGrid
 
@@ -267,7 +268,7 @@ def test_a_client_with_an_identity_describes_its_data_in_one_sum_of_a_run(
     here = _identified(Here(config, lambda reply: [reply], {}), roster)
     setting = open_setting([here.nodes[100]])
     each = np.array([_summed(setting, client) for client in range(CLIENTS)])
-    grid, content = SecureGrid(here, config), RecordDict({records.CONFIG: ConfigRecord({})})
+    grid, content = SecureGrid(PolledGrid(here), config), RecordDict({records.CONFIG: ConfigRecord({})})
     grid.order_by({100 + i: i for i in range(CLIENTS)})
     nodes = {i: 100 + i for i in range(CLIENTS)}
     assert grid.add_up(content, nodes, each.shape[1], 5.0) == pytest.approx(each.sum(0))
