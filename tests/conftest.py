@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -28,6 +29,22 @@ def smoke(tmp_path: Path) -> Callable[..., Any]:
     from simulations.run import preset
 
     return lambda **changes: preset("smoke", **{"out": str(tmp_path / "runs"), **changes})
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function from changed settings to a finished smoke run; equal settings run once."""
+    from simulations.run import preset, simulate
+
+    done: dict[str, Any] = {}
+
+    def run(**changes: Any) -> Any:
+        name = json.dumps(changes)
+        if name not in done:
+            done[name] = simulate(preset("smoke", out=str(tmp_path_factory.mktemp("runs")), **changes))
+        return done[name]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,23 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def flwr_run(changes: Mapping[str, Any], environment: dict[str, str], folder: Path) -> tuple[Path, Path]:
+    """Run the medical preset under `flwr run` and in the local engine, and return both run folders.
+
+    `flwr run` exits 0 even when the run died: what the server wrote is what counts.
+    """
+    settings = {**changes, "baselines": False, "out": str(folder / "runs")}
+    file = folder / "settings.toml"
+    file.write_text(preset("medical", settings).with_(preset="flower").toml())
+    subprocess.run(
+        ["flwr", "run", str(ROOT), "--run-config", str(file), "--federation-config", NODES, "--stream"],
+        env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    [theirs] = (folder / "runs").glob("*-flower-*")
+    assert json.loads((theirs / "summary.json").read_text())["status"] == "completed"
+    return theirs, simulate(preset("medical", {**settings, "engine.workers": 0})).path
 
 
 @pytest.fixture
@@ -98,19 +115,9 @@ def _processes_naming(text: str) -> list[int]:
 def test_flwr_run_completes_and_its_rounds_equal_the_local_engines(
     own: dict[str, Any], flower_home: dict[str, str], tmp_path: Path
 ) -> None:
-    settings = {**own, "rounds": 2, "baselines": False, "out": str(tmp_path / "runs")}
-    settings_file = tmp_path / "settings.toml"
-    settings_file.write_text(preset("medical", settings).with_(preset="flower").toml())
-    subprocess.run(
-        ["flwr", "run", str(ROOT), "--run-config", str(settings_file), "--federation-config", NODES, "--stream"],
-        env=flower_home, check=True, timeout=300, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    [folder] = (tmp_path / "runs").glob("*-flower-*")
-    # `flwr run` exits 0 even when the run died: what the server wrote is what counts.
-    assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
-    flower = [json.loads(line) for line in (folder / "rounds.jsonl").open()]
-    local_run = simulate(preset("medical", {**settings, "engine.workers": 0})).path
-    local = [json.loads(line) for line in (local_run / "rounds.jsonl").open()]
+    theirs_at, ours_at = flwr_run({**own, "rounds": 2}, flower_home, tmp_path)
+    flower = [json.loads(line) for line in (theirs_at / "rounds.jsonl").open()]
+    local = [json.loads(line) for line in (ours_at / "rounds.jsonl").open()]
     for ours, theirs in zip(local, flower, strict=True):
         assert f"{ours['train_loss']:.4f}" == f"{theirs['train_loss']:.4f}"
         for kind in ("central", "validation"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -17,23 +16,9 @@ from reports.cost import model_bytes
 from reports.load import load
 from reports.page import write_report
 from simulations.progress import Progress
-from simulations.run import Run, preset, simulate
+from simulations.run import Run
 
 REJECTED = "rejected: it sent '0.weight' with numbers that are not finite"
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Return a function from changed settings to a finished smoke run; equal settings run once."""
-    done: dict[str, Run] = {}
-
-    def run(**changes: Any) -> Run:
-        name = json.dumps(changes)
-        if name not in done:
-            done[name] = simulate(preset("smoke", out=str(tmp_path_factory.mktemp("runs")), **changes))
-        return done[name]
-
-    return run
 
 
 def words(page: Reader) -> str:

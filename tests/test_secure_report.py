@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,25 +20,11 @@ from privacy.secagg import graph, identities, sizes
 from privacy.secagg.exposure import Exposure
 from reports import secure
 from reports.load import load, read_rounds
-from simulations.run import Run, preset, simulate
+from simulations.run import Run
 from simulations.secure_plan import plan
 
 PROFILE = "secure_aggregation__profile"
 SMALL = {"clients": 8, "sampled": 4, "partition__min_examples": 5, "engine__workers": 0, PROFILE: "malicious"}
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Return a function from changed settings to a finished smoke run; equal settings run once."""
-    done: dict[str, Run] = {}
-
-    def run(**changes: Any) -> Run:
-        name = json.dumps(changes)
-        if name not in done:
-            done[name] = simulate(preset("smoke", out=str(tmp_path_factory.mktemp("runs")), **changes))
-        return done[name]
-
-    return run
 
 
 @pytest.mark.parametrize("terms", [{}, {"profile": graph.SEMI_HONEST, "neighbours": 6, "threshold": 4}, {"bits": 20}])

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from deployed_apps import LIES
-from deployment import ROOT, Deployment
+from deployment import Deployment
 from safetensors.numpy import load_file
-from test_flower_runtime import BIN, NODES, flower_home  # noqa: F401
+from test_flower_runtime import BIN, flower_home, flwr_run  # noqa: F401
 from test_secagg_vectors import CASES, _case
 
 from core import records
@@ -68,17 +68,8 @@ def test_flwr_run_sums_as_the_local_engine_does(
     flower_home: dict[str, str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    settings = {**MALICIOUS, **faults, "rounds": 3, "baselines": False, "out": str(tmp_path / "runs")}
-    file = tmp_path / "settings.toml"
-    file.write_text(preset("medical", settings).with_(preset="flower").toml())
-    subprocess.run(
-        ["flwr", "run", str(ROOT), "--run-config", str(file), "--federation-config", NODES, "--stream"],
-        env=flower_home, check=True, timeout=200, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    [theirs] = (tmp_path / "runs").glob("*-flower-*")
-    ours = simulate(preset("medical", {**settings, "engine.workers": 0})).path
+    theirs, ours = flwr_run({**MALICIOUS, **faults, "rounds": 3}, flower_home, tmp_path)
     summary = _summary(theirs)
-    assert summary["status"] == "completed"
     assert {name: summary["secure_aggregation"][name] for name in ("sums", "failed")} == {"sums": 3, "failed": 0}
     # They drop out at advertise, mask, confirm and unmask.
     assert summary["secure_aggregation"]["dropped"] == (8 if faults else 0)
